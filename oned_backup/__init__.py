@@ -1,0 +1,3 @@
+"""Incremental backup and proved restore of KVM/libvirt virtual machines."""
+
+__version__ = "0.1.0"

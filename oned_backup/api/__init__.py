@@ -1,0 +1,1 @@
+"""The HTTP face of the daemon, on a unix socket."""

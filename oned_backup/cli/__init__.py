@@ -1,0 +1,1 @@
+"""The command `oned-backup`."""

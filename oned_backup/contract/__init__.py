@@ -1,0 +1,1 @@
+"""The driver contract: what daemon and drivers both import."""

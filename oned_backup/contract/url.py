@@ -1,0 +1,73 @@
+"""Pseudo-URLs: one disk of one restore point, in a form a person can type.
+
+    <scheme>://<datastore id>/<job id or ->/<increment>:<source>[,…]/<vm id>/disk.<disk id>
+    fs://100/-/0:20261121-023700-1f2e3d,1:20261121-030000-4c5b6a/7/disk.0
+
+The list holds the backups that carry parts of that disk, oldest first: its last
+full one and the increments after it. OpenNebula's own form, with an absolute
+path for the last two parts and nothing for `-`, is accepted too:
+
+    rsync://100//0:a78156,1:c1a00b/var/lib/one/datastores/100/13/c1a00b/disk.0.1
+
+A URL is parsed into typed ids and built again from them; no part of it is ever
+joined to a path as it came.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from oned_backup.errors import InvalidInput
+from oned_backup.model.names import checked_name
+
+_URL = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9]{0,31})(?P<rbd>\+rbd)?://(?P<datastore>\d{1,9})/(?P<job>-|\d{0,9})/"
+    r"(?P<chain>\d{1,9}:[^/,:]{1,64}(?:,\d{1,9}:[^/,:]{1,64})*)"
+    r"(?P<directory>(?:/[^/]+)*?)/(?P<vm>\d{1,9})(?:/(?P<folder>[^/]+))?/"
+    r"disk\.(?P<disk>\d{1,9})(?:\.(?P<increment>\d{1,9}))?"
+)
+
+
+@dataclass(frozen=True)
+class DiskUrl:
+    """The typed parts of a pseudo-URL; `chain` is (increment id, backup id), oldest first."""
+
+    scheme: str
+    datastore_id: int
+    chain: tuple[tuple[int, str], ...]
+    vm_id: int
+    disk_id: int
+    job_id: int | None = None
+
+    def __str__(self) -> str:
+        """The canonical form."""
+        chain = ",".join(f"{increment}:{source}" for increment, source in self.chain)
+        job = "-" if self.job_id is None else self.job_id
+        return f"{self.scheme}://{self.datastore_id}/{job}/{chain}/{self.vm_id}/disk.{self.disk_id}"
+
+
+def parse_url(url: str) -> DiskUrl:
+    """The parts of a pseudo-URL; `InvalidInput` says what the form is."""
+    match = _URL.fullmatch(url) if len(url) <= 65536 else None
+    if not match:
+        raise InvalidInput(
+            f"'{url[:120]}' is not a pseudo-URL of a backed-up disk",
+            hint="The form is SCHEME://DATASTORE/-/INCREMENT:BACKUP[,…]/VM/disk.N; `image ls` prints them.",
+        )
+    if match["rbd"]:
+        raise InvalidInput(f"'{match['scheme']}+rbd' URLs are not supported yet")
+    chain = []
+    for entry in match["chain"].split(","):
+        increment, _, source = entry.partition(":")
+        chain.append((int(increment), checked_name(source, "backup id in the URL")))
+    if [increment for increment, _ in chain] != sorted({increment for increment, _ in chain}):
+        raise InvalidInput("the increments of the URL are not in ascending order")
+    return DiskUrl(
+        scheme=match["scheme"],
+        datastore_id=int(match["datastore"]),
+        chain=tuple(chain),
+        vm_id=int(match["vm"]),
+        disk_id=int(match["disk"]),
+        job_id=int(match["job"]) if match["job"].isdigit() else None,
+    )

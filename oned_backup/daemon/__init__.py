@@ -1,0 +1,1 @@
+"""The service: a bounded pool of workers over the queue of operations."""

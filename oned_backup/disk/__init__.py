@@ -1,0 +1,1 @@
+"""The data engine: everything that moves the bytes of a disk."""

@@ -1,0 +1,1 @@
+"""Libvirt: domains, checkpoints, backup jobs, freeze and thaw."""

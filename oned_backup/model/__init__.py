@@ -1,0 +1,1 @@
+"""Documents and their rules: pure, without I/O, clock or processes."""

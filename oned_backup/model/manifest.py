@@ -1,0 +1,153 @@
+"""`manifest.json`: what a backup says about itself, so that it restores without any database.
+
+    {"format": "oned-backup manifest", "version": 1, "blake3": "<of `backup`, canonical>",
+     "backup": {"id", "chain_id", "parent_id", "increment_id", "type", "date", "installation",
+                "checkpoint", "vm": {"id", "name", "uuid"}, "freeze": {…},
+                "disks": [{"disk_id", "target", "type", "reason", "text", "file", "parent_id",
+                           "size_bytes", "format", "source", "source_id"}],
+                "excluded": [{"disk_id", "target", "reason", "text"}],
+                "files": [{"name", "size_bytes", "blake3"}]}}
+
+The manifest is the last file of a backup to be written: a restore point exists
+if and only if its manifest is durable. Canonical means UTF-8, sorted keys,
+no white space. Unknown keys are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from oned_backup.errors import DataCorrupt
+from oned_backup.model.names import checked_name
+
+FORMAT = "oned-backup manifest"
+VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the backup and what it must hash to (64 hex digits)."""
+
+    name: str
+    size_bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class ManifestDisk:
+    """A disk in a backup. `parent_id`: the backup that an INCREMENT continues, else empty."""
+
+    disk_id: int
+    target: str
+    type: str
+    reason: str
+    file: str
+    parent_id: str
+    size_bytes: int
+    format: str = ""
+    source: str = ""
+    source_id: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One backup. `raw` is the whole `backup` object, with whatever else it carries."""
+
+    id: str
+    chain_id: str
+    parent_id: str
+    increment_id: int
+    type: str
+    date: int
+    vm_id: int
+    vm_name: str
+    vm_uuid: str
+    disks: tuple[ManifestDisk, ...]
+    files: tuple[StoredFile, ...]
+    raw: Mapping[str, Any]
+
+    def disk(self, disk_id: int) -> ManifestDisk | None:
+        """The disk of that id, None where the backup does not hold it."""
+        return next((disk for disk in self.disks if disk.disk_id == disk_id), None)
+
+    def file(self, name: str) -> StoredFile | None:
+        """The file of that name, None where there is none."""
+        return next((file for file in self.files if file.name == name), None)
+
+    @property
+    def size_bytes(self) -> int:
+        """What the backup takes in the store, without the manifest itself."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def dump_manifest(backup: Mapping[str, Any]) -> bytes:
+    """The file's bytes for a `backup` object, sealed with its checksum."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "blake3": blake3(_canonical(backup)).hexdigest(),
+        "backup": backup,
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def parse_manifest(data: bytes | str, *, what: str = FILE_NAME) -> Manifest:
+    """The typed form; `DataCorrupt` if the text is damaged, foreign or of a newer version."""
+    try:
+        document = json.loads(data)
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise DataCorrupt(f"{what}: format {document['format']!r} version {document['version']!r}")
+        backup = document["backup"]
+        if blake3(_canonical(backup)).hexdigest() != document["blake3"]:
+            raise DataCorrupt(f"{what}: checksum does not match the content")
+        return _typed(backup)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataCorrupt(f"{what}: not a manifest: {type(error).__name__} {error}") from error
+
+
+def _typed(backup: Mapping[str, Any]) -> Manifest:
+    disks = tuple(
+        ManifestDisk(
+            disk_id=int(disk["disk_id"]),
+            target=str(disk["target"]),
+            type=str(disk["type"]),
+            reason=str(disk["reason"]),
+            file=checked_name(disk["file"], "disk file"),
+            parent_id=str(disk.get("parent_id") or ""),
+            size_bytes=int(disk["size_bytes"]),
+            format=str(disk.get("format", "")),
+            source=str(disk.get("source", "")),
+            source_id=str(disk.get("source_id", "")),
+            text=str(disk.get("text", "")),
+        )
+        for disk in backup["disks"]
+    )
+    files = tuple(
+        StoredFile(checked_name(file["name"], "file"), int(file["size_bytes"]), str(file["blake3"]))
+        for file in backup["files"]
+    )
+    return Manifest(
+        id=checked_name(backup["id"], "backup id"),
+        chain_id=checked_name(backup["chain_id"], "chain id"),
+        parent_id=str(backup.get("parent_id") or ""),
+        increment_id=int(backup["increment_id"]),
+        type=str(backup["type"]),
+        date=int(backup["date"]),
+        vm_id=int(backup["vm"]["id"]),
+        vm_name=str(backup["vm"]["name"]),
+        vm_uuid=str(backup["vm"]["uuid"]),
+        disks=disks,
+        files=files,
+        raw=backup,
+    )
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,1 @@
+"""Backup, restore, delete, verify and recovery: journaled sequences of steps."""

@@ -1,0 +1,1 @@
+"""Find drivers, run one action of one, and judge a driver by the conformance kit."""

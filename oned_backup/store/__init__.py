@@ -1,0 +1,1 @@
+"""Documents and the operation journal in a database."""
