@@ -1,0 +1,37 @@
+# Everything a newcomer needs is `make demo` and `make test`; `make help` lists the rest.
+
+PYTHON := .venv/bin/python
+DRIVERS := $(wildcard drivers/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what the project needs: Debian packages (as root) and .venv/
+	@share/setup.sh lab
+
+demo: setup ## back up a real guest while it runs, restore every increment, boot the last one
+	@$(PYTHON) share/lab/demo.py
+
+test: setup check ## all checks and all tests, unattended
+	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+check: setup ## linters, types, layers
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-logo
+	@shellcheck $$(git ls-files '*.sh') .ci/run
+
+bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
+	@share/setup.sh lab bench
+	@$(PYTHON) -m tests.bench $(if $(QUICK),--quick)
+
+format: setup ## rewrite the code in the project's format
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+clean: ## remove what the targets made
+	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Install what oned-backup needs to run, and with further words what its tests
+# and its benchmark need:   share/setup.sh [lab] [bench]
+#
+# Debian packages are installed when this runs as root; otherwise the missing
+# ones are named and nothing is changed. Python packages go into .venv/ in the
+# project's root, a virtual environment of the system's Python that sees the
+# system's packages, since libnbd's binding is distributed only there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runtime=(python3 python3-venv python3-libvirt python3-libnbd qemu-utils libvirt-clients)
+lab=(qemu-system-x86 libvirt-daemon-system libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf
+     libnbd-bin nbdkit busybox-static qemu-guest-agent cpio dosfstools mtools syslinux
+     syslinux-common e2fsprogs shellcheck git iproute2 procps)
+bench=(virtnbdbackup)
+
+packages=("${runtime[@]}")
+extra=""
+for word in "$@"; do
+  case $word in
+    lab) packages+=("${lab[@]}"); extra="[dev]" ;;
+    bench) packages+=("${bench[@]}") ;;
+    *) echo "usage: share/setup.sh [lab] [bench]" >&2; exit 2 ;;
+  esac
+done
+
+missing=()
+for package in "${packages[@]}"; do
+  status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+  [ "$status" = installed ] || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "missing Debian packages: ${missing[*]}" >&2
+    echo "install them with: sudo apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  echo "installing Debian packages: ${missing[*]}"
+  log=$(mktemp)
+  if ! { apt-get update -q &&
+         DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+           -o DPkg::Lock::Timeout=300 "${missing[@]}"; } >"$log" 2>&1; then
+    cat "$log" >&2
+    exit 1
+  fi
+  rm -f "$log"
+fi
+
+stamp=$(cat pyproject.toml share/setup.sh | sha256sum | cut -d ' ' -f 1)$extra
+if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
+  echo "setting up .venv"
+  /usr/bin/python3 -m venv --system-site-packages .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+  echo "$stamp" >.venv/.stamp
+fi
