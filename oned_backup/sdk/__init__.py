@@ -1,1 +1,19 @@
-"""What the author of a driver imports."""
+"""What a driver's author imports.
+
+    from oned_backup.sdk import Answer, Call, Driver
+
+    class Shelf(Driver):
+        def monitor(self, call: Call) -> Answer: …
+
+    DRIVER = Shelf()
+
+and an executable per action that says `main(DRIVER)`. The contract is
+`share/doc/driver-spec.md`; errors to raise are those of `oned_backup.errors`.
+"""
+
+from oned_backup.sdk.call import Answer, Call
+from oned_backup.sdk.entry import Driver, main
+from oned_backup.sdk.log import Level, Secret
+from oned_backup.sdk.process import Completed, run
+
+__all__ = ["Answer", "Call", "Completed", "Driver", "Level", "Secret", "main", "run"]

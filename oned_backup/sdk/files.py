@@ -1,0 +1,159 @@
+"""The backup's files as readable streams of known size, whether they exist or are made as they are read.
+
+Order: the small files, then per disk its image and the image's `.blocks`
+file, and `manifest.json` last: it can only be written once everything else has
+been read, because it lists the checksums of what was really read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from blake3 import blake3
+
+from oned_backup.contract.exports import DiskExport, Exports
+from oned_backup.errors import DriverBug, InvalidInput, Unavailable
+from oned_backup.model.manifest import FILE_NAME as MANIFEST
+from oned_backup.model.manifest import StoredFile, dump_manifest
+from oned_backup.sdk.provenance import manifest_of
+
+if TYPE_CHECKING:
+    from oned_backup.sdk.call import Call
+
+#: beside the file of a disk: the digests of its clusters
+BLOCKS_SUFFIX = ".blocks"
+_READ_BYTES = 1 << 20
+
+Chunk = bytes | memoryview
+
+
+@dataclass
+class BackupFile:
+    """A file to store. Read `chunks()` once, to the end; a chunk is valid until the next one."""
+
+    name: str
+    size_bytes: int
+    _source: Callable[[], Iterable[Chunk]]
+    #: checksum of what was read; empty before the end
+    blake3: str = ""
+    _hash_of: Callable[[], str] | None = None
+    _advance: Callable[[int], None] = field(default=lambda _: None)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The content, in order; raises if it is not `size_bytes` long."""
+        own_hash = None if self._hash_of else blake3()
+        done = 0
+        for chunk in self._source():
+            if own_hash is not None:
+                own_hash.update(chunk)
+            size = len(chunk)
+            yield chunk
+            done += size
+            self._advance(size)
+        if done != self.size_bytes:
+            raise Unavailable(f"{self.name}: {done} bytes could be read, {self.size_bytes} were announced")
+        self.blake3 = self._hash_of() if self._hash_of else own_hash.hexdigest() if own_hash else ""
+
+
+class BackupFiles:
+    """All files of the backup at hand: iterate, and read each file before the next.
+
+    Opening it looks at every disk, so that `total_bytes` (without the manifest)
+    is known before anything is stored. Progress is reported as chunks are read.
+    """
+
+    def __init__(self, call: Call) -> None:
+        exports = call.request.exports
+        if exports is None:
+            raise InvalidInput(f"request: {call.action} needs the section EXPORTS")
+        self._call = call
+        self._exports: Exports = exports
+        self._stack = ExitStack()
+        self._done = 0
+        self._stored: list[StoredFile] = []
+        try:
+            self._files = [
+                *(self._plain(call.source_dir / name, name) for name in exports.files),
+                *(file for disk in exports.disks for file in self._disk(disk)),
+            ]
+        except BaseException:
+            self._stack.close()
+            raise
+        self.total_bytes = sum(file.size_bytes for file in self._files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[BackupFile]:
+        for file in self._files:
+            yield file
+            if not file.blake3:
+                raise DriverBug(f"{file.name}: the driver did not read it to the end")
+            self._stored.append(StoredFile(file.name, file.size_bytes, file.blake3))
+        data = dump_manifest(manifest_of(self._call.request, self._exports, self._stored))
+        yield BackupFile(MANIFEST, len(data), lambda: [data])
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        self._call.progress(self._done, self.total_bytes)
+
+    def _plain(self, path: Path, name: str) -> BackupFile:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._stack.callback(os.close, descriptor)
+        return BackupFile(
+            name,
+            os.fstat(descriptor).st_size,
+            lambda: _read(descriptor),
+            _advance=self._advance,
+        )
+
+    def _disk(self, disk: DiskExport) -> Iterator[BackupFile]:
+        if disk.path:
+            yield self._plain(Path(disk.path), disk.file)
+            blocks = Path(disk.path + BLOCKS_SUFFIX)
+            if blocks.exists():
+                yield self._plain(blocks, disk.file + BLOCKS_SUFFIX)
+            return
+        from oned_backup.disk.image import open_export  # noqa: PLC0415 - staged backups need no NBD
+
+        image = self._stack.enter_context(
+            open_export(disk.nbd_socket, disk.nbd_export, dirty_bitmap=disk.dirty_bitmap)
+        )
+        yield BackupFile(
+            disk.file,
+            image.size_bytes,
+            image.chunks,
+            _hash_of=lambda: image.blake3,
+            _advance=self._advance,
+        )
+        yield BackupFile(
+            disk.file + BLOCKS_SUFFIX,
+            image.blocks_size_bytes,
+            lambda: _pieces(image.blocks_bytes()),
+            _advance=self._advance,
+        )
+
+
+def _read(descriptor: int) -> Iterator[bytes]:
+    offset = 0
+    while data := os.pread(descriptor, _READ_BYTES, offset):
+        offset += len(data)
+        yield data
+
+
+def _pieces(data: Chunk | Iterable[Chunk]) -> Iterable[Chunk]:
+    return [data] if isinstance(data, bytes | memoryview) else data
