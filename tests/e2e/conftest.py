@@ -1,0 +1,52 @@
+"""Real libvirt and real guests for the tests in this folder; see share/lab/lab.py."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from lab import Guest, LabDisk, Libvirtd, root_disk
+
+
+@pytest.fixture(scope="session")
+def libvirtd() -> Iterator[Libvirtd]:
+    """A private libvirtd for the whole run."""
+    with Libvirtd() as server:
+        yield server
+
+
+@pytest.fixture
+def make_guest(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
+    """Make a guest with a fresh disk of its own (or the given ones); all are destroyed afterwards."""
+    guests: list[Guest] = []
+
+    def make(disks: Sequence[LabDisk] | None = None, *, start: bool = True, **options: object) -> Guest:
+        name = f"guest{len(guests)}-{tmp_path.name[:30]}"
+        guest = Guest(libvirtd, tmp_path, name, disks or [root_disk(tmp_path)], **options)  # type: ignore[arg-type]
+        guests.append(guest)
+        if start:
+            guest.start()
+            guest.wait_ready()
+        return guest
+
+    yield make
+    for guest in guests:
+        guest.destroy()
+
+
+@pytest.fixture
+def guest(make_guest: Callable[..., Guest]) -> Guest:
+    """A running guest with one disk, its agent answering."""
+    return make_guest()
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory with a path short enough for unix sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
