@@ -1,0 +1,103 @@
+"""What all documents share: owner, permissions, id lists, and replacing children in place.
+
+A document is never changed: the functions of this package copy it, so that
+elements this version does not know survive every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from oned_backup import xmldoc
+from oned_backup.errors import InvalidInput
+
+#: what OpenNebula's default umask 0177 leaves: the owner may use and manage
+DEFAULT_MODE = 0o600
+
+_MAX_NAME_CHARACTERS = 128
+_RIGHTS = tuple(f"{who}_{what}" for who in ("OWNER", "GROUP", "OTHER") for what in ("U", "M", "A"))
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whom a document belongs to; user 0 is the installation's administrator."""
+
+    uid: int = 0
+    gid: int = 0
+    uname: str = "oneadmin"
+    gname: str = "oneadmin"
+
+    @classmethod
+    def of(cls, element: xmldoc.Element) -> Owner:
+        """The owner that stands in a document."""
+        return cls(
+            uid=xmldoc.integer(element, "UID", 0),
+            gid=xmldoc.integer(element, "GID", 0),
+            uname=xmldoc.text(element, "UNAME", "oneadmin"),
+            gname=xmldoc.text(element, "GNAME", "oneadmin"),
+        )
+
+
+ADMINISTRATOR = Owner()
+
+
+def identity(document_id: int, name: str, owner: Owner) -> dict[str, xmldoc.Content]:
+    """The elements with which VM, IMAGE and DATASTORE documents begin."""
+    return {
+        "ID": document_id,
+        "UID": owner.uid,
+        "GID": owner.gid,
+        "UNAME": owner.uname,
+        "GNAME": owner.gname,
+        "NAME": checked_title(name),
+    }
+
+
+def permissions(mode: int = DEFAULT_MODE) -> dict[str, xmldoc.Content]:
+    """PERMISSIONS of an octal mode: use 4, manage 2, admin 1, for owner, group and other."""
+    return {right: mode >> shift & 1 for right, shift in zip(_RIGHTS, range(8, -1, -1), strict=True)}
+
+
+def checked_title(name: str) -> str:
+    """`name`, if it can be shown as the name of a document; spaces, quotes and any script are fine."""
+    if not name.strip() or len(name) > _MAX_NAME_CHARACTERS or not name.isprintable():
+        raise InvalidInput(
+            f"name '{name[:40]}' is empty, longer than {_MAX_NAME_CHARACTERS} characters"
+            " or has control characters"
+        )
+    return name
+
+
+def ids(element: xmldoc.Element, path: str) -> tuple[int, ...]:
+    """The numbers of an id list (`<X><ID>1</ID>…</X>`), ascending."""
+    return tuple(sorted(xmldoc.integer(entry, ".") for entry in element.findall(f"{path}/ID")))
+
+
+def id_list(values: Iterable[int]) -> dict[str, xmldoc.Content]:
+    """The content of an id list element: ascending, each once."""
+    return {"ID": [xmldoc.build("ID", value) for value in sorted(set(values))]}
+
+
+def replace_all(parent: xmldoc.Element, tag: str, children: Sequence[xmldoc.Element]) -> None:
+    """Put `children` where those named `tag` stood; where there were none, in order of name."""
+    old = parent.findall(tag)
+    if old:
+        place = parent.index(old[0])
+    else:
+        place = next((i for i, child in enumerate(parent) if str(child.tag) > tag), len(parent))
+    for child in old:
+        parent.remove(child)
+    for offset, child in enumerate(children):
+        parent.insert(place + offset, child)
+
+
+def section(element: xmldoc.Element, tag: str) -> xmldoc.Element:
+    """The child `tag` of `element`, appended empty if it is not there."""
+    found = element.find(tag)
+    return xmldoc.put(element, tag, None) if found is None else found
+
+
+def yes(flag: bool) -> str:
+    """A truth value as documents write it."""
+    return "YES" if flag else "NO"

@@ -1,0 +1,141 @@
+"""The HOST document: a hypervisor and the URI by which libvirt reaches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from oned_backup import xmldoc
+from oned_backup.model.document import checked_title, id_list, ids, replace_all, section
+from oned_backup.model.vm import Placement
+
+DEFAULT_URI = "qemu:///system"
+
+
+class HostState(IntEnum):
+    """STATE, as far as it is used here."""
+
+    INIT = 0
+    MONITORED = 2
+    ERROR = 3
+    DISABLED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A host document. Its element must not be changed: use the functions of this module."""
+
+    element: xmldoc.Element
+
+    @property
+    def id(self) -> int:
+        """The host's number in the catalogue."""
+        return xmldoc.integer(self.element, "ID")
+
+    @property
+    def name(self) -> str:
+        """The name shown to people."""
+        return self.element.findtext("NAME", "")
+
+    @property
+    def uri(self) -> str:
+        """Libvirt's URI."""
+        return xmldoc.text(self.element, "TEMPLATE/URI", DEFAULT_URI)
+
+    @property
+    def vm_mad(self) -> str:
+        """The hypervisor driver's name."""
+        return xmldoc.text(self.element, "VM_MAD")
+
+    @property
+    def tm_mad(self) -> str:
+        """The transfer manager driver for VMs that are imported from it."""
+        return xmldoc.text(self.element, "TEMPLATE/TM_MAD", "qcow2")
+
+    @property
+    def state(self) -> int:
+        """STATE; see `HostState`."""
+        return xmldoc.integer(self.element, "STATE")
+
+    @property
+    def state_name(self) -> str:
+        """The state as people know it."""
+        return {int(state): state.name for state in HostState}.get(self.state, f"STATE {self.state}")
+
+    @property
+    def error(self) -> str:
+        """Why it could not be reached last."""
+        return xmldoc.text(self.element, "TEMPLATE/ERROR")
+
+    @property
+    def vm_ids(self) -> tuple[int, ...]:
+        """The imported VMs that live on it."""
+        return ids(self.element, "VMS")
+
+    @property
+    def placement(self) -> Placement:
+        """What a VM's document says about living here."""
+        return Placement(self.id, self.name, self.vm_mad, self.tm_mad)
+
+
+def new_host(
+    host_id: int, *, name: str, uri: str = DEFAULT_URI, vm_mad: str = "kvm", tm_mad: str = "qcow2"
+) -> Host:
+    """The document of a host that nobody has reached yet."""
+    element = xmldoc.build(
+        "HOST",
+        {
+            "ID": host_id,
+            "NAME": checked_title(name),
+            "STATE": int(HostState.INIT),
+            "PREV_STATE": int(HostState.INIT),
+            "IM_MAD": vm_mad,
+            "VM_MAD": vm_mad,
+            "CLUSTER_ID": 0,
+            "CLUSTER": "default",
+            "HOST_SHARE": {
+                "MEM_USAGE": 0,
+                "CPU_USAGE": 0,
+                "TOTAL_MEM": 0,
+                "TOTAL_CPU": 0,
+                "MAX_MEM": 0,
+                "MAX_CPU": 0,
+                "RUNNING_VMS": 0,
+                "VMS_THREAD": 1,
+                "DATASTORES": {"DISK_USAGE": 0, "FREE_DISK": 0, "MAX_DISK": 0, "USED_DISK": 0},
+                "PCI_DEVICES": None,
+                "NUMA_NODES": None,
+            },
+            "VMS": None,
+            "TEMPLATE": {"TM_MAD": tm_mad, "URI": uri},
+            "MONITORING": None,
+        },
+    )
+    return Host(element)
+
+
+def with_state(host: Host, state: HostState, error: str = "") -> Host:
+    """`host` in that state; `error` says why it could not be reached."""
+    element = xmldoc.copy(host.element)
+    if host.state != state:
+        xmldoc.put(element, "PREV_STATE", host.state)
+        xmldoc.put(element, "STATE", int(state))
+    errors = [xmldoc.build("ERROR", error)] if error else []
+    replace_all(section(element, "TEMPLATE"), "ERROR", errors)
+    return Host(element)
+
+
+def with_vm(host: Host, vm_id: int) -> Host:
+    """`host` with a further imported VM."""
+    return _with_vms(host, {*host.vm_ids, vm_id})
+
+
+def without_vm(host: Host, vm_id: int) -> Host:
+    """`host` without that VM."""
+    return _with_vms(host, set(host.vm_ids) - {vm_id})
+
+
+def _with_vms(host: Host, vm_ids: set[int]) -> Host:
+    element = xmldoc.copy(host.element)
+    xmldoc.put(element, "VMS", id_list(vm_ids))
+    return Host(element)

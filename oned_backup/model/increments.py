@@ -1,0 +1,147 @@
+"""BACKUP_INCREMENTS: the chain of a backup image, and what a restore or retention makes of it.
+
+    <INCREMENT> DATE ID PARENT_ID SIZE SOURCE TYPE </INCREMENT>*      oldest first
+
+Ids ascend and are never used again. PARENT_ID is -1 for the first. SOURCE is
+the backup id under which the store keeps it. The chain of one disk may be
+shorter than the image's: a disk that had to be stored whole inside an increment
+starts again there, which the manifests tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from oned_backup import xmldoc
+from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
+from oned_backup.model.manifest import Manifest
+
+if TYPE_CHECKING:
+    from oned_backup.model.image import Image
+
+#: PARENT_ID of an increment that starts a chain
+NO_PARENT = -1
+
+
+class IncrementType(StrEnum):
+    """Whether an increment stands alone or continues its parent."""
+
+    FULL = "FULL"
+    INCREMENT = "INCREMENT"
+
+
+@dataclass(frozen=True)
+class Increment:
+    """One restore point of a chain; `date` in seconds since 1970."""
+
+    id: int
+    parent_id: int
+    date: int
+    size_mb: int
+    source: str
+    type: IncrementType
+
+    @classmethod
+    def from_element(cls, element: xmldoc.Element) -> Increment:
+        """The typed form of an INCREMENT element."""
+        kind = xmldoc.text(element, "TYPE").upper()
+        if kind not in set(IncrementType):
+            raise InvalidInput(f"INCREMENT/TYPE: '{kind[:40]}' is none of {', '.join(IncrementType)}")
+        return cls(
+            id=xmldoc.integer(element, "ID"),
+            parent_id=xmldoc.integer(element, "PARENT_ID", NO_PARENT),
+            date=xmldoc.integer(element, "DATE"),
+            size_mb=xmldoc.integer(element, "SIZE"),
+            source=xmldoc.text(element, "SOURCE"),
+            type=IncrementType(kind),
+        )
+
+    def to_element(self) -> xmldoc.Element:
+        """The INCREMENT element."""
+        return xmldoc.build(
+            "INCREMENT",
+            {
+                "DATE": self.date,
+                "ID": self.id,
+                "PARENT_ID": self.parent_id,
+                "SIZE": self.size_mb,
+                "SOURCE": self.source,
+                "TYPE": self.type.value,
+            },
+        )
+
+
+def next_increment(chain: Sequence[Increment], *, date: int, size_mb: int, source: str) -> Increment:
+    """The increment that continues `chain` (empty: the full backup that starts it, id 0)."""
+    if any(increment.source == source for increment in chain):
+        raise Conflict(f"backup {source} is in the chain already")
+    if not chain:
+        return Increment(0, NO_PARENT, date, size_mb, source, IncrementType.FULL)
+    last = chain[-1].id
+    return Increment(last + 1, last, date, size_mb, source, IncrementType.INCREMENT)
+
+
+def chain_to(chain: Sequence[Increment], increment_id: int | None = None) -> tuple[Increment, ...]:
+    """The increments from the first up to `increment_id` (None: the newest); `NotFound` if not there."""
+    if not chain:
+        raise NotFound("the image has no increments")
+    wanted = chain[-1].id if increment_id is None else increment_id
+    for place, increment in enumerate(chain):
+        if increment.id == wanted:
+            return tuple(chain[: place + 1])
+    known = ", ".join(str(increment.id) for increment in chain)
+    raise NotFound(f"there is no increment {wanted}", hint=f"There are {known}.")
+
+
+def disk_chain(
+    disk_id: int, chain: Sequence[Increment], manifests: Mapping[str, Manifest]
+) -> tuple[tuple[int, str], ...]:
+    """What it takes to restore a disk at the last of `chain`: (increment id, backup id), oldest first.
+
+    Goes back from there to the disk's last FULL file, each step to the backup
+    that the file says it continues. `manifests` by backup id. `NotFound` if the
+    last backup does not have the disk; `DataCorrupt` if the chain has a gap.
+    """
+    found: list[tuple[int, str]] = []
+    wanted = chain[-1].source if chain else ""
+    for increment in reversed(chain):
+        if increment.source != wanted:
+            continue
+        manifest = manifests.get(increment.source)
+        if manifest is None:
+            raise DataCorrupt(f"disk {disk_id}: the manifest of backup {increment.source} is missing")
+        disk = manifest.disk(disk_id)
+        if disk is None and not found:
+            raise NotFound(f"disk {disk_id} is not in backup {increment.source}")
+        if disk is None:
+            raise DataCorrupt(f"disk {disk_id} is not in backup {increment.source}, but continued from it")
+        found.append((increment.id, increment.source))
+        if disk.type == IncrementType.FULL:
+            return tuple(reversed(found))
+        wanted = disk.parent_id
+    if not found:
+        raise NotFound(f"disk {disk_id}: the chain is empty")
+    raise DataCorrupt(
+        f"disk {disk_id}: backup {found[-1][1]} continues backup '{wanted}', which is not before it"
+    )
+
+
+def expired_images(images: Sequence[Image], keep_last: int, active_image_id: int = -1) -> tuple[Image, ...]:
+    """The images of a VM that KEEP_LAST lets go, oldest first; none if it is 0.
+
+    Counts images, as OpenNebula does: a backup of MODE=FULL, or a whole chain.
+    The image of the active chain is never among them. Images that are not
+    READY do not count, so that a broken one never pushes out a good one; they
+    go together with the good ones of their age.
+    """
+    if keep_last <= 0:
+        return ()
+    ordered = sorted(images, key=lambda image: image.id)
+    good = [image.id for image in ordered if image.is_ready]
+    if len(good) <= keep_last:
+        return ()
+    oldest_kept = good[-keep_last]
+    return tuple(image for image in ordered if image.id < oldest_kept and image.id != active_image_id)
