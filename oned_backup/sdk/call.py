@@ -75,7 +75,9 @@ class Call:
 
     @property
     def vm_id(self) -> int:
-        """The VM that the call is about."""
+        """The VM that the call is about: ODB_VM_ID, or the one that IMAGE was made of."""
+        if not self._environ.get("ODB_VM_ID") and self.request.image is not None:
+            return xmldoc.integer(self.request.image, "VMS/ID")
         return self._number("ODB_VM_ID")
 
     @property
