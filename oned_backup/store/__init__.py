@@ -1,1 +1,21 @@
-"""Documents and the operation journal in a database."""
+"""Documents, restore points and the operation journal in one database."""
+
+from oned_backup.store.backups import Backup, BackupState
+from oned_backup.store.documents import Versioned
+from oned_backup.store.journal import Journal, Operation, OperationState, Step, StepState
+from oned_backup.store.secrets import SecretBox
+from oned_backup.store.store import Store, Transaction
+
+__all__ = [
+    "Backup",
+    "BackupState",
+    "Journal",
+    "Operation",
+    "OperationState",
+    "SecretBox",
+    "Step",
+    "StepState",
+    "Store",
+    "Transaction",
+    "Versioned",
+]

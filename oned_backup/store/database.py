@@ -1,0 +1,197 @@
+"""The SQLite file: opened by one process at a time, migrated, written by one thread at a time.
+
+WAL with synchronous=FULL: what a transaction committed survives a power cut.
+Readers see the last committed state and never wait for the writer. Writers
+queue on a lock in the process, so that SQLite's own (unfair) busy handling is
+never what decides.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from oned_backup.errors import (
+    Busy,
+    Conflict,
+    DataCorrupt,
+    Misconfigured,
+    NoSpace,
+    PermissionDenied,
+    Unavailable,
+    Unsupported,
+)
+from oned_backup.store.migrations.upgrade import upgrade
+
+WRITE_WAIT_S = 30.0
+_BUSY_TIMEOUT_MS = 10_000
+_OTHERS_MAY_WRITE = 0o022
+
+
+class Session(Protocol):
+    """Where statements run: each in a transaction of its own, or all in one."""
+
+    now: Callable[[], float]
+
+    def read(self) -> AbstractContextManager[sa.Connection]:
+        """A connection to read from."""
+
+    def write(self) -> AbstractContextManager[sa.Connection]:
+        """A connection to write to; committed, or part of a larger transaction, at the end."""
+
+
+class Database:
+    """An open database; a `Session` in which each use is its own transaction."""
+
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        """Open, create or migrate the file `path`; see `open_database`."""
+        self.now = now
+        self.path = path
+        self._lock_fd = _claim_file(path)
+        self._writing = threading.Lock()
+        self._writer: int | None = None
+        try:
+            self._engine = _engine(path)
+            with translated(path):
+                upgrade(self._engine)
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A connection that sees one consistent, committed state."""
+        with translated(self.path), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A connection in a write transaction: committed at the end, rolled back on an exception.
+
+        `Busy` if other threads kept writing for `WRITE_WAIT_S`.
+        """
+        thread = threading.get_ident()
+        if self._writer == thread:
+            raise RuntimeError("a transaction of this thread is open: use it instead of the store")
+        if not self._writing.acquire(timeout=WRITE_WAIT_S):
+            raise Busy(f"{self.path}: other threads have been writing for {WRITE_WAIT_S:.0f} s")
+        try:
+            self._writer = thread
+            with (
+                translated(self.path),
+                self._engine.execution_options(odb_write=True).begin() as connection,
+            ):
+                yield connection
+        finally:
+            self._writer = None
+            self._writing.release()
+
+    def close(self) -> None:
+        """Close all connections and let another process open the file."""
+        self._engine.dispose()
+        os.close(self._lock_fd)
+
+
+def open_database(location: str | os.PathLike[str], now: Callable[[], float]) -> Database:
+    """The database at a path or `sqlite:///path` URL, migrated to this version's schema.
+
+    The directory is created 0700, the file 0600. `Conflict` if another process
+    has it open, `Misconfigured` if others may write the directory or a newer
+    version made the file, `Unsupported` for databases of another kind.
+    """
+    text = os.fspath(location)
+    if text.startswith("sqlite:///"):
+        text = text.removeprefix("sqlite:///")
+    elif "://" in text:
+        raise Unsupported(f"database {text.partition('://')[0]}: only SQLite is supported")
+    path = Path(text).absolute()
+    try:
+        return Database(path, now)
+    except PermissionError as error:
+        raise PermissionDenied(f"database {path}: {error.strerror}") from error
+    except OSError as error:
+        raise Unavailable(f"database {path}: {error.strerror}") from error
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn the database's exceptions into the project's."""
+    try:
+        yield
+    except exc.IntegrityError as error:
+        raise Conflict(f"the database refuses it: {error.orig}") from error
+    except exc.TimeoutError as error:
+        raise Busy(f"database {path}: too many readers") from error
+    except exc.DatabaseError as error:
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        kind = {
+            sqlite3.SQLITE_BUSY: Busy,
+            sqlite3.SQLITE_LOCKED: Busy,
+            sqlite3.SQLITE_FULL: NoSpace,
+            sqlite3.SQLITE_CORRUPT: DataCorrupt,
+            sqlite3.SQLITE_NOTADB: DataCorrupt,
+            sqlite3.SQLITE_READONLY: PermissionDenied,
+            sqlite3.SQLITE_PERM: PermissionDenied,
+        }.get(code, Unavailable)
+        raise kind(f"database {path}: {error.orig}") from error
+
+
+def _claim_file(path: Path) -> int:
+    """A descriptor that holds the lock of the database at `path`; the file exists afterwards."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.stat().st_mode & _OTHERS_MAY_WRITE:
+        raise Misconfigured(
+            f"directory {path.parent} of the database can be written by others",
+            hint=f"Run: chmod 700 {path.parent}",
+        )
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock_fd = os.open(f"{path}.lock", flags, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(os.open(path, flags, 0o600))
+    except BlockingIOError as error:
+        os.close(lock_fd)
+        raise Conflict(
+            f"database {path} is in use by another daemon",
+            hint="Stop it first, or give this one another state directory.",
+        ) from error
+    except BaseException:
+        os.close(lock_fd)
+        raise
+    return lock_fd
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)), pool_size=8, max_overflow=64, pool_timeout=WRITE_WAIT_S
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
+        # Python's sqlite3 must not begin transactions by itself: `begin` below does
+        connection.isolation_level = None
+        for pragma in (
+            f"busy_timeout = {_BUSY_TIMEOUT_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "trusted_schema = OFF",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        writes = connection.get_execution_options().get("odb_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine

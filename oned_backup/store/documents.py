@@ -1,0 +1,180 @@
+"""Documents by kind and id, each with a version: who writes must have read the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from oned_backup import xmldoc
+from oned_backup.errors import Conflict, InvalidInput, NotFound
+from oned_backup.model.vm import Vm
+from oned_backup.store.database import Session
+from oned_backup.store.schema import documents, sequences
+
+#: the kinds of documents and the id of the first; datastores below 100 are OpenNebula's own
+FIRST_IDS = {"vm": 0, "image": 0, "host": 0, "datastore": 100}
+
+_SEARCHABLE = ("name", "uuid", "state", "host_id", "vm_id", "datastore_id")
+
+
+@dataclass(frozen=True)
+class Versioned:
+    """A document as it was read; `version` is what an update must name."""
+
+    element: xmldoc.Element
+    version: int
+
+
+class Documents:
+    """The documents' part of a store or transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def create(self, kind: str, build: Callable[[int], xmldoc.Element]) -> xmldoc.Element:
+        """The new document that `build` makes for the next free id; `Conflict` if its name is taken."""
+        _check(kind)
+        with self._session.write() as connection:
+            document_id = _next_id(connection, kind)
+            element = build(document_id)
+            row = {"kind": kind, "id": document_id, "version": 1, **_columns(kind, document_id, element)}
+            _refuse_double(connection, row)
+            connection.execute(documents.insert().values(row))
+        return element
+
+    def get(self, kind: str, document_id: int) -> Versioned:
+        """The document; `NotFound` if there is none."""
+        _check(kind)
+        with self._session.read() as connection:
+            return _get(connection, kind, document_id)
+
+    def find(self, kind: str, **columns: str | int) -> list[Versioned]:
+        """All documents of a kind, by id, that have these values in the searchable columns.
+
+        The columns: name, uuid, state, host_id, vm_id, datastore_id.
+        """
+        _check(kind)
+        query = sa.select(documents.c.xml, documents.c.version).where(documents.c.kind == kind)
+        for name, value in columns.items():
+            if name not in _SEARCHABLE:
+                raise InvalidInput(f"{kind}: cannot search by {name}", hint=f"Use {', '.join(_SEARCHABLE)}.")
+            query = query.where(documents.c[name] == value)
+        with self._session.read() as connection:
+            rows = connection.execute(query.order_by(documents.c.id)).all()
+        return [Versioned(xmldoc.parse(xml, what=kind), version) for xml, version in rows]
+
+    def update(self, kind: str, document_id: int, version: int, element: xmldoc.Element) -> Versioned:
+        """Replace the document that was read as `version`; `Conflict` if it has changed since."""
+        _check(kind)
+        row = {"kind": kind, "id": document_id, **_columns(kind, document_id, element)}
+        with self._session.write() as connection:
+            _refuse_double(connection, row)
+            changed = connection.execute(
+                documents.update()
+                .where(
+                    documents.c.kind == kind,
+                    documents.c.id == document_id,
+                    documents.c.version == version,
+                )
+                .values(**row, version=version + 1)
+            )
+            if changed.rowcount != 1:
+                _refuse_stale(connection, kind, document_id, version)
+        return Versioned(element, version + 1)
+
+    def change(
+        self, kind: str, document_id: int, edit: Callable[[xmldoc.Element], xmldoc.Element]
+    ) -> xmldoc.Element:
+        """Read, `edit` and write a document in one transaction; what is stored now."""
+        with self._session.write() as connection:
+            read = _get(connection, kind, document_id)
+            element = edit(read.element)
+            row = {"kind": kind, "id": document_id, **_columns(kind, document_id, element)}
+            _refuse_double(connection, row)
+            connection.execute(
+                documents.update()
+                .where(documents.c.kind == kind, documents.c.id == document_id)
+                .values(**row, version=read.version + 1)
+            )
+        return element
+
+    def delete(self, kind: str, document_id: int, version: int | None = None) -> None:
+        """Remove the document; `Conflict` if it is no longer at `version`, `NotFound` if not there."""
+        _check(kind)
+        with self._session.write() as connection:
+            query = documents.delete().where(documents.c.kind == kind, documents.c.id == document_id)
+            if version is not None:
+                query = query.where(documents.c.version == version)
+            if connection.execute(query).rowcount != 1:
+                _refuse_stale(connection, kind, document_id, version)
+
+
+def _check(kind: str) -> None:
+    if kind not in FIRST_IDS:
+        raise InvalidInput(f"there are no documents of kind '{kind}'")
+
+
+def _get(connection: sa.Connection, kind: str, document_id: int) -> Versioned:
+    query = sa.select(documents.c.xml, documents.c.version).where(
+        documents.c.kind == kind, documents.c.id == document_id
+    )
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no {kind} {document_id}")
+    return Versioned(xmldoc.parse(row.xml, what=f"{kind} {document_id}"), row.version)
+
+
+def _next_id(connection: sa.Connection, kind: str) -> int:
+    query = sa.select(sequences.c.next_id).where(sequences.c.kind == kind)
+    found = connection.execute(query).scalar_one_or_none()
+    if found is None:
+        connection.execute(sequences.insert().values(kind=kind, next_id=FIRST_IDS[kind] + 1))
+        return FIRST_IDS[kind]
+    connection.execute(sequences.update().where(sequences.c.kind == kind).values(next_id=found + 1))
+    return int(found)
+
+
+def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, Any]:
+    """The row's values that are taken from the document."""
+    if element.tag != kind.upper() or xmldoc.integer(element, "ID") != document_id:
+        found = f"{element.tag} {xmldoc.text(element, 'ID')}"
+        raise InvalidInput(f"the document of {kind} {document_id} is {found}")
+    columns: dict[str, Any] = dict.fromkeys(_SEARCHABLE)
+    columns["xml"] = xmldoc.serialize(element)
+    columns["name"] = element.findtext("NAME", "")
+    columns["state"] = xmldoc.integer(element, "STATE")
+    if kind == "vm":
+        vm = Vm(element)
+        columns |= {"uuid": vm.uuid, "host_id": vm.host_id}
+    if kind == "image":
+        columns["vm_id"] = xmldoc.integer(element, "VMS/ID", -1)
+        columns["datastore_id"] = xmldoc.integer(element, "DATASTORE_ID")
+    return columns
+
+
+def _refuse_double(connection: sa.Connection, row: dict[str, Any]) -> None:
+    """`Conflict` in words, where the unique indexes would only name columns."""
+    same_kind = (documents.c.kind == row["kind"]) & (documents.c.id != row["id"])
+    query = sa.select(documents.c.id).limit(1)
+    if row["kind"] in {"host", "datastore"}:
+        query = query.where(same_kind, documents.c.name == row["name"])
+        text = f"{row['kind']} {{}} is already named '{row['name']}'"
+    elif row["kind"] == "vm" and row["uuid"]:
+        query = query.where(same_kind, documents.c.host_id == row["host_id"], documents.c.uuid == row["uuid"])
+        text = f"domain {row['uuid']} on host {row['host_id']} is VM {{}} already"
+    else:
+        return
+    taken = connection.execute(query).scalar_one_or_none()
+    if taken is not None:
+        raise Conflict(text.format(taken))
+
+
+def _refuse_stale(connection: sa.Connection, kind: str, document_id: int, version: int | None) -> None:
+    stored = _get(connection, kind, document_id).version
+    raise Conflict(
+        f"{kind} {document_id} was changed meanwhile: version {version} was read, {stored} is stored",
+        hint="Read it again and repeat the change.",
+    )

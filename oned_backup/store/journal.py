@@ -1,0 +1,326 @@
+"""The operation journal: what was asked, what is being done, what became of it.
+
+    QUEUED ---claim---> RUNNING ---finish---> DONE | FAILED | CANCELLED
+    QUEUED ---request_cancel---> CANCELLED
+
+    INTENT ---end_step---> DONE | FAILED | UNDONE       DONE | FAILED ---end_step---> UNDONE
+
+The intent of a step is committed before its effect, its outcome before the next
+intent. So after a crash, every effect that may exist has an intent, and
+`unfinished` tells which operations are to be brought to an end. At most one
+operation of a lock runs; the oldest that may run is claimed first.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+
+from oned_backup.errors import Conflict, InvalidInput, NotFound
+from oned_backup.store.database import Session
+from oned_backup.store.schema import operations, steps
+
+
+class OperationState(StrEnum):
+    """Where an operation stands; the last three are final."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more will happen."""
+        return self in {OperationState.DONE, OperationState.FAILED, OperationState.CANCELLED}
+
+
+class StepState(StrEnum):
+    """Where a step stands. INTENT: its effect may exist, wholly or partly."""
+
+    INTENT = "INTENT"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    UNDONE = "UNDONE"
+
+
+_STEP_CHANGES = {
+    StepState.INTENT: {StepState.DONE, StepState.FAILED, StepState.UNDONE},
+    StepState.DONE: {StepState.UNDONE},
+    StepState.FAILED: {StepState.UNDONE},
+    StepState.UNDONE: set(),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation as it stands in the journal; times in seconds since 1970."""
+
+    id: str
+    kind: str
+    lock: str
+    state: OperationState
+    cancel_requested: bool
+    vm_id: int | None
+    image_id: int | None
+    datastore_id: int | None
+    arguments: Mapping[str, Any]
+    result: Mapping[str, Any]
+    error: str
+    queued_at: float
+    started_at: float | None
+    ended_at: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: `data` was written with the intent, `result` with the outcome."""
+
+    operation_id: str
+    number: int
+    name: str
+    state: StepState
+    data: Mapping[str, Any]
+    result: Mapping[str, Any]
+    started_at: float
+    ended_at: float | None
+
+
+class Journal:
+    """The journal's part of a store (each call a transaction) or of one transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def enqueue(
+        self,
+        kind: str,
+        lock: str,
+        arguments: Mapping[str, Any],
+        *,
+        vm_id: int | None = None,
+        image_id: int | None = None,
+        datastore_id: int | None = None,
+    ) -> Operation:
+        """A new QUEUED operation; operations with the same `lock` never run at once."""
+        operation_id = f"op-{secrets.token_hex(6)}"
+        with self._session.write() as connection:
+            connection.execute(
+                operations.insert().values(
+                    id=operation_id,
+                    kind=kind,
+                    lock=lock,
+                    state=OperationState.QUEUED,
+                    cancel_requested=False,
+                    vm_id=vm_id,
+                    image_id=image_id,
+                    datastore_id=datastore_id,
+                    arguments=_dump(arguments),
+                    result=_dump({}),
+                    error="",
+                    queued_at=self._session.now(),
+                )
+            )
+            return _get(connection, operation_id)
+
+    def claim(self) -> Operation | None:
+        """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none."""
+        running = operations.alias("running")
+        blocked = sa.exists().where(
+            running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
+        )
+        query = (
+            sa.select(operations.c.id)
+            .where(operations.c.state == OperationState.QUEUED, ~blocked)
+            .order_by(operations.c.sequence)
+            .limit(1)
+        )
+        # Looking first costs no write transaction when there is nothing to do.
+        with self._session.read() as connection:
+            if connection.execute(query).first() is None:
+                return None
+        with self._session.write() as connection:
+            operation_id = connection.execute(query).scalar_one_or_none()
+            if operation_id is None:
+                return None
+            connection.execute(
+                operations.update()
+                .where(operations.c.id == operation_id)
+                .values(state=OperationState.RUNNING, started_at=self._session.now())
+            )
+            return _get(connection, operation_id)
+
+    def finish(
+        self,
+        operation_id: str,
+        state: OperationState,
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: str = "",
+    ) -> Operation:
+        """End a RUNNING operation; `Conflict` if it does not run."""
+        if not state.is_final:
+            raise InvalidInput(f"{state} does not end an operation")
+        with self._session.write() as connection:
+            _require_running(connection, operation_id)
+            connection.execute(
+                operations.update()
+                .where(operations.c.id == operation_id)
+                .values(state=state, result=_dump(result or {}), error=error, ended_at=self._session.now())
+            )
+            return _get(connection, operation_id)
+
+    def request_cancel(self, operation_id: str) -> Operation:
+        """CANCELLED at once if it was QUEUED; a RUNNING one is marked and ends by itself.
+
+        `Conflict` if it has ended already.
+        """
+        with self._session.write() as connection:
+            found = _get(connection, operation_id)
+            if found.state.is_final:
+                raise Conflict(f"operation {operation_id} has ended already: {found.state}")
+            changes: dict[str, Any] = {"cancel_requested": True}
+            if found.state is OperationState.QUEUED:
+                changes |= {"state": OperationState.CANCELLED, "ended_at": self._session.now()}
+            connection.execute(operations.update().where(operations.c.id == operation_id).values(**changes))
+            return _get(connection, operation_id)
+
+    def begin_step(self, operation_id: str, name: str, data: Mapping[str, Any] | None = None) -> int:
+        """The number of a new step in INTENT; `Conflict` if the operation does not run."""
+        with self._session.write() as connection:
+            _require_running(connection, operation_id)
+            last = connection.execute(
+                sa.select(sa.func.max(steps.c.number)).where(steps.c.operation_id == operation_id)
+            ).scalar_one()
+            number = 1 if last is None else int(last) + 1
+            connection.execute(
+                steps.insert().values(
+                    operation_id=operation_id,
+                    number=number,
+                    name=name,
+                    state=StepState.INTENT,
+                    data=_dump(data or {}),
+                    result=_dump({}),
+                    started_at=self._session.now(),
+                )
+            )
+        return number
+
+    def end_step(
+        self,
+        operation_id: str,
+        number: int,
+        state: StepState,
+        result: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record a step's outcome; a `result` that is None leaves the one that is there.
+
+        `Conflict` if the step cannot come to `state`, or the operation does not run.
+        """
+        with self._session.write() as connection:
+            _require_running(connection, operation_id)
+            this = (steps.c.operation_id == operation_id) & (steps.c.number == number)
+            found = connection.execute(sa.select(steps.c.state, steps.c.name).where(this)).one_or_none()
+            if found is None:
+                raise NotFound(f"operation {operation_id} has no step {number}")
+            if state not in _STEP_CHANGES[StepState(found.state)]:
+                raise Conflict(
+                    f"operation {operation_id}, step {number} ({found.name}):"
+                    f" {found.state} cannot become {state}"
+                )
+            changes: dict[str, Any] = {"state": state, "ended_at": self._session.now()}
+            if result is not None:
+                changes["result"] = _dump(result)
+            connection.execute(steps.update().where(this).values(**changes))
+
+    def unfinished(self) -> list[Operation]:
+        """The RUNNING operations, oldest first: after a start, those whose daemon died."""
+        return self.list(state=OperationState.RUNNING)[::-1]
+
+    def get(self, operation_id: str) -> Operation:
+        """The operation; `NotFound` if there is none."""
+        with self._session.read() as connection:
+            return _get(connection, operation_id)
+
+    def steps(self, operation_id: str) -> list[Step]:
+        """The operation's steps in the order they were begun."""
+        query = sa.select(steps).where(steps.c.operation_id == operation_id).order_by(steps.c.number)
+        with self._session.read() as connection:
+            return [_step(row) for row in connection.execute(query)]
+
+    def prune(self, ended_before: float) -> int:
+        """Forget operations that ended before that time, with their steps; how many."""
+        old = (operations.c.ended_at < ended_before) & operations.c.state.in_(
+            [state for state in OperationState if state.is_final]
+        )
+        with self._session.write() as connection:
+            ids = sa.select(operations.c.id).where(old)
+            connection.execute(steps.delete().where(steps.c.operation_id.in_(ids)))
+            return connection.execute(operations.delete().where(old)).rowcount
+
+    def list(
+        self,
+        *,
+        state: OperationState | None = None,
+        kind: str | None = None,
+        vm_id: int | None = None,
+        image_id: int | None = None,
+        datastore_id: int | None = None,
+        limit: int | None = None,
+    ) -> list[Operation]:
+        """The operations that match, newest first, at most `limit`."""
+        wanted = {
+            "state": state,
+            "kind": kind,
+            "vm_id": vm_id,
+            "image_id": image_id,
+            "datastore_id": datastore_id,
+        }
+        query = sa.select(operations).order_by(operations.c.sequence.desc()).limit(limit)
+        for name, value in wanted.items():
+            if value is not None:
+                query = query.where(operations.c[name] == value)
+        with self._session.read() as connection:
+            return [_operation(row) for row in connection.execute(query)]
+
+
+def _get(connection: sa.Connection, operation_id: str) -> Operation:
+    row = connection.execute(sa.select(operations).where(operations.c.id == operation_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no operation {operation_id[:40]}")
+    return _operation(row)
+
+
+def _require_running(connection: sa.Connection, operation_id: str) -> None:
+    found = _get(connection, operation_id)
+    if found.state is not OperationState.RUNNING:
+        raise Conflict(f"operation {operation_id} is {found.state}, not RUNNING")
+
+
+def _operation(row: sa.Row[Any]) -> Operation:
+    values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name
+    del values["sequence"]
+    for name in ("arguments", "result"):
+        values[name] = json.loads(values[name])
+    return Operation(**{**values, "state": OperationState(values["state"])})
+
+
+def _step(row: sa.Row[Any]) -> Step:
+    values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name
+    for name in ("data", "result"):
+        values[name] = json.loads(values[name])
+    return Step(**{**values, "state": StepState(values["state"])})
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"journal: not plain data: {error}") from error

@@ -1,0 +1,1 @@
+"""Modules that make one version of the schema from the one before."""
