@@ -12,6 +12,8 @@ A message names the thing and the numbers, in lower case, without a full stop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -113,9 +115,13 @@ class Misconfigured(OnedBackupError):
 
 
 class Salvaged(OnedBackupError):
-    """A restore finished, but ranges that could not be proved are zero-filled."""
+    """A restore finished, but ranges that could not be proved are zero-filled.
+
+    `answer`: what the driver printed, with the key SALVAGED.
+    """
 
     exit_code = 79
+    answer: Mapping[str, str] = MappingProxyType({})
 
 
 _BY_EXIT_CODE: dict[int, type[OnedBackupError]] = {
