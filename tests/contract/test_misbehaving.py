@@ -143,6 +143,8 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
         "backup",
         backup=Backup("20261121-023700-1f2e3d", "20261121-023700-1f2e3d", 0, 0),
         vm=xmldoc.build("VM", {"ID": 7}),
+        image=xmldoc.build("IMAGE", {"SOURCE": "20261121-010000-aaaaaa", "BACKUP_INCREMENTS": None}),
+        options={"URL": "fs://x y", "LONG": "x" * 100_000},
         datastore=xmldoc.build(
             "DATASTORE", {"ID": 103, "TEMPLATE": {"BASE_PATH": "/srv/a b", "PASSWORD": "no"}}
         ),
