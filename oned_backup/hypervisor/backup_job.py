@@ -1,0 +1,138 @@
+"""Pull-mode backup jobs: QEMU keeps the disks' content of one instant and serves it over NBD.
+
+The job lives in QEMU. It outlives us and libvirtd, and holds up snapshots,
+migration and detaching until it is aborted, so every job is found again by
+where its socket lies, and ended by `abort`. What the guest overwrites meanwhile
+goes to one scratch file a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import libvirt
+
+from oned_backup import xmldoc
+from oned_backup.errors import NotFound, OnedBackupError, Unavailable
+from oned_backup.hypervisor.connection import libvirt_errors
+from oned_backup.hypervisor.domain import Domain
+
+_ABORT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class JobDisk:
+    """A disk in the job; with a `checkpoint`, what changed since then is offered as a bitmap."""
+
+    target: str
+    scratch: Path
+    checkpoint: str = ""
+
+    @property
+    def bitmap(self) -> str:
+        """Name of the bitmap that the export offers; empty for a full."""
+        return f"backup-{self.target}" if self.checkpoint else ""
+
+
+@dataclass(frozen=True)
+class ScratchUsage:
+    """How full the scratch files of a running job are."""
+
+    used_bytes: int
+    total_bytes: int
+
+
+def job_xml(socket: Path, disks: Sequence[JobDisk], others: Iterable[str]) -> str:
+    """The document for a job over `disks`, each full or incremental, and not over `others`."""
+    root = xmldoc.build("domainbackup")
+    root.set("mode", "pull")
+    server = xmldoc.build("server")
+    server.attrib.update({"transport": "unix", "socket": str(socket)})
+    listed = xmldoc.build("disks")
+    for disk in disks:
+        element = xmldoc.build("disk")
+        element.attrib.update(
+            {"name": disk.target, "backup": "yes", "type": "file", "exportname": disk.target}
+        )
+        if disk.checkpoint:
+            element.attrib.update(
+                {
+                    "backupmode": "incremental",
+                    "incremental": disk.checkpoint,
+                    "exportbitmap": disk.bitmap,
+                }
+            )
+        else:
+            element.set("backupmode", "full")
+        scratch = xmldoc.build("scratch")
+        scratch.set("file", str(disk.scratch))
+        element.append(scratch)
+        listed.append(element)
+    for target in others:
+        element = xmldoc.build("disk")
+        element.attrib.update({"name": target, "backup": "no"})
+        listed.append(element)
+    root.append(server)
+    root.append(listed)
+    return xmldoc.serialize(root)
+
+
+def begin(domain: Domain, job: str, checkpoint: str = "") -> None:
+    """Start the job, with its checkpoint at the same instant.
+
+    `CheckpointUnusable` if a disk's bitmap cannot be used after all, `Busy` if
+    something else holds the domain.
+    """
+    with libvirt_errors(f"backup of domain {domain.name}"):
+        domain.handle.backupBegin(job, checkpoint or None, 0)
+
+
+def current_socket(domain: Domain) -> Path | None:
+    """The NBD socket of the backup job that runs now; None if none runs. A push job has the socket `-`."""
+    try:
+        with libvirt_errors(f"backup job of domain {domain.name}"):
+            root = xmldoc.parse(domain.handle.backupGetXMLDesc(0), what="backup job")
+    except NotFound:
+        return None
+    server = root.find("server")
+    return Path("-" if server is None else server.get("socket", "-"))
+
+
+def is_beneath(socket: Path | None, directory: Path) -> bool:
+    """Whether a job's socket lies in `directory`, at any depth."""
+    return socket is not None and ".." not in socket.parts and directory in socket.parents
+
+
+def abort(domain: Domain, socket_dir: Path) -> bool:
+    """End the backup job whose socket lies beneath `socket_dir`; False if there is none.
+
+    Somebody else's job is never touched. Returns when the job is gone.
+    """
+    deadline = time.monotonic() + _ABORT_TIMEOUT_S
+    aborted = False
+    while domain.is_active and is_beneath(current_socket(domain), socket_dir):
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"domain {domain.name}: the backup job does not end within {_ABORT_TIMEOUT_S:g} s"
+            )
+        if aborted:
+            time.sleep(0.02)
+            continue
+        # It may have ended by itself since we looked.
+        with contextlib.suppress(OnedBackupError), libvirt_errors(f"end the backup of domain {domain.name}"):
+            domain.handle.abortJob()
+        aborted = True
+    return aborted
+
+
+def scratch_usage(domain: Domain) -> ScratchUsage | None:
+    """How full the scratch files are; None if no backup job runs."""
+    with libvirt_errors(f"job of domain {domain.name}"):
+        stats = domain.handle.jobStats(0)
+    if stats.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+        return None
+    return ScratchUsage(int(stats.get("disk_temp_used", 0)), int(stats.get("disk_temp_total", 0)))

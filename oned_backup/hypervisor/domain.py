@@ -1,0 +1,155 @@
+"""A libvirt domain: its state, its XML, its disks with their backing chains."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import libvirt
+
+from oned_backup import xmldoc
+from oned_backup.errors import NotFound
+from oned_backup.hypervisor.connection import libvirt_errors
+
+_SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "network": "name", "dir": "dir", "volume": "volume"}
+
+
+class State(StrEnum):
+    """What a domain does, as far as backups care."""
+
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    OFF = "OFF"
+    CRASHED = "CRASHED"
+
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: State.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: State.RUNNING,
+    libvirt.VIR_DOMAIN_SHUTDOWN: State.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: State.PAUSED,
+    libvirt.VIR_DOMAIN_CRASHED: State.CRASHED,
+}
+
+
+@dataclass(frozen=True)
+class DomainDisk:
+    """A disk as libvirt has it. `backing`: the files below the top one, empty where not known."""
+
+    target: str
+    type: str
+    device: str
+    format: str
+    source: str
+    backing: tuple[str, ...] = ()
+
+
+class Domain:
+    """One domain. Whether it is active can change between any two calls."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.name: str = handle.name()
+        self.uuid: str = handle.UUIDString()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a QEMU process runs it."""
+        with libvirt_errors(f"domain {self.name}"):
+            return bool(self.handle.isActive())
+
+    @property
+    def state(self) -> State:
+        """What it does now; without a QEMU process it is OFF."""
+        with libvirt_errors(f"domain {self.name}"):
+            state, _ = self.handle.state()
+            if state in _STATES and (self.handle.isActive() or _STATES[state] is State.CRASHED):
+                return _STATES[state]
+            return State.OFF
+
+    def xml(self) -> xmldoc.Element:
+        """The XML of what is: the live one of an active domain."""
+        with libvirt_errors(f"XML of domain {self.name}"):
+            return xmldoc.parse(self.handle.XMLDesc(0), what=f"XML of domain {self.name}")
+
+    def inactive_xml(self) -> str:
+        """The definition for the next start, with security information."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        with libvirt_errors(f"XML of domain {self.name}"):
+            return str(self.handle.XMLDesc(flags))
+
+    def capacity_bytes(self, target: str) -> int:
+        """Virtual size of a disk of an active domain."""
+        with libvirt_errors(f"disk {target} of domain {self.name}"):
+            return int(self.handle.blockInfo(target)[0])
+
+
+def find_domain(connection: Any, uuid: str, name: str) -> Domain:
+    """The domain with that UUID, else the one with that name; `NotFound` if there is neither."""
+    for lookup, key in ((connection.lookupByUUIDString, uuid), (connection.lookupByName, name)):
+        if not key:
+            continue
+        try:
+            with libvirt_errors(f"domain {key}"):
+                return Domain(lookup(key))
+        except NotFound:
+            continue
+    raise NotFound(f"domain {name or uuid} is not defined on the host")
+
+
+def disks(xml: xmldoc.Element) -> tuple[DomainDisk, ...]:
+    """All disks in a domain's XML, in its order."""
+    return tuple(_disk(element) for element in xml.iterfind("devices/disk"))
+
+
+def qemu_uid(xml: xmldoc.Element) -> int:
+    """The user that QEMU runs as, from an active domain's XML; ours where libvirt does not say."""
+    for label in xml.iterfind("seclabel"):
+        if label.get("model") == "dac":
+            user = xmldoc.text(label, "label").partition(":")[0].lstrip("+")
+            if user.isdecimal():
+                return int(user)
+    return os.geteuid()
+
+
+def nvram_path(xml: xmldoc.Element) -> str:
+    """The file with the domain's UEFI variables; empty if it has none, or not yet."""
+    source = xml.find("os/nvram/source")
+    if source is not None:
+        return source.get("file", "")
+    return xmldoc.text(xml, "os/nvram")
+
+
+def has_tpm_state(xml: xmldoc.Element) -> bool:
+    """Whether the domain has an emulated TPM."""
+    return xml.find("devices/tpm/backend[@type='emulator']") is not None
+
+
+def _disk(element: xmldoc.Element) -> DomainDisk:
+    target = element.find("target")
+    driver = element.find("driver")
+    backing = []
+    layer = element.find("backingStore")
+    while layer is not None:
+        source = _source(layer)
+        if source:
+            backing.append(source)
+        layer = layer.find("backingStore")
+    return DomainDisk(
+        target="" if target is None else target.get("dev", ""),
+        type=element.get("type", "file"),
+        device=element.get("device", "disk"),
+        format="raw" if driver is None else driver.get("type", "raw"),
+        source=_source(element),
+        backing=tuple(backing),
+    )
+
+
+def _source(element: xmldoc.Element) -> str:
+    source = element.find("source")
+    if source is None:
+        return ""
+    return source.get(_SOURCE_ATTRIBUTE.get(element.get("type", "file"), "file"), "")

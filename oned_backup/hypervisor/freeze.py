@@ -1,0 +1,174 @@
+"""A guest that cannot write while a backup begins, and afterwards can, whatever happens.
+
+    with frozen(domain, Mode.AGENT, timeout_s=10) as window:
+        begin(…)
+    window.method, window.milliseconds, window.warning
+
+A thaw is sent whether or not the freeze was answered: an agent that is slow to
+answer may freeze after we have given up. Should the block take longer than the
+limit, a watchdog thaws the guest in the middle of it. If the agent is absent
+or hangs, the backup goes on without a freeze and with a warning: an image as
+after a power cut is better than none. A guest that somebody else had paused stays
+paused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import libvirt
+
+from oned_backup.errors import Cancelled, OnedBackupError, Unavailable
+from oned_backup.hypervisor.connection import libvirt_errors
+from oned_backup.hypervisor.domain import Domain, State
+
+_THAW_ATTEMPTS = 3
+_THAW_TIMEOUT_S = 5.0
+
+
+class Mode(StrEnum):
+    """How the guest is made consistent."""
+
+    NONE = "NONE"
+    AGENT = "AGENT"
+    SUSPEND = "SUSPEND"
+
+
+@dataclass
+class Window:
+    """What the freeze came to. Complete when the context has been left."""
+
+    requested: Mode
+    method: Mode = Mode.NONE
+    milliseconds: int = 0
+    warning: str = ""
+
+
+@contextlib.contextmanager
+def frozen(domain: Domain, mode: Mode, *, timeout_s: float) -> Iterator[Window]:
+    """Keep the guest from writing inside the block, as far as `mode` and its agent allow."""
+    window = Window(mode)
+    if mode is Mode.NONE:
+        yield window
+        return
+    if domain.state is not State.RUNNING:
+        window.warning = "the guest was paused already, and stays so"
+        yield window
+        return
+    keeper = _by_agent if mode is Mode.AGENT else _by_suspending
+    with keeper(domain, window, timeout_s):
+        yield window
+
+
+def thaw(domain: Domain, *, timeout_s: float) -> int:
+    """How many file systems the agent has thawed: 0 if none was frozen.
+
+    Safe at any time. `AgentSilent` if the agent does not answer.
+    """
+    with _bounded_agent(domain, timeout_s), libvirt_errors(f"thaw domain {domain.name}"):
+        return int(domain.handle.fsThaw())
+
+
+def resume(domain: Domain) -> None:
+    """Let a suspended guest go on; nothing happens if it runs or is off."""
+    if domain.state is State.PAUSED:
+        with libvirt_errors(f"resume domain {domain.name}"):
+            domain.handle.resume()
+
+
+@contextlib.contextmanager
+def _by_agent(domain: Domain, window: Window, timeout_s: float) -> Iterator[None]:
+    if not _agent_is_connected(domain):
+        window.warning = "no freeze: the guest's agent is not connected"
+        yield
+        return
+    started = time.monotonic()
+    refused = False
+    watchdog: threading.Timer | None = None
+    try:
+        try:
+            with _bounded_agent(domain, timeout_s), libvirt_errors(f"freeze domain {domain.name}"):
+                domain.handle.fsFreeze()
+            window.method = Mode.AGENT
+        except Cancelled:
+            raise
+        except OnedBackupError as error:
+            refused = True
+            window.warning = f"no freeze: {error.message}"
+        else:
+            left_s = timeout_s - (time.monotonic() - started)
+            watchdog = threading.Timer(max(left_s, 0.0), _thaw_late, [domain, window, timeout_s])
+            watchdog.daemon = True
+            watchdog.start()
+        yield
+    finally:
+        if watchdog:
+            watchdog.cancel()
+            watchdog.join()
+        _thaw_for_certain(domain, refused=refused, timeout_s=timeout_s)
+        if not refused:
+            window.milliseconds = round((time.monotonic() - started) * 1000)
+
+
+@contextlib.contextmanager
+def _by_suspending(domain: Domain, window: Window, timeout_s: float) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        with libvirt_errors(f"suspend domain {domain.name}"):
+            domain.handle.suspend()
+        window.method = Mode.SUSPEND
+        yield
+    finally:
+        if domain.is_active:
+            resume(domain)
+        window.milliseconds = round((time.monotonic() - started) * 1000)
+    if window.milliseconds > timeout_s * 1000:
+        window.warning = f"the guest stood still for {window.milliseconds} ms, longer than {timeout_s:g} s"
+
+
+def _thaw_for_certain(domain: Domain, *, refused: bool, timeout_s: float) -> None:
+    """Thaw; `Unavailable` if a guest that was frozen may still be."""
+    failure: OnedBackupError | None = None
+    for _ in range(1 if refused else _THAW_ATTEMPTS):
+        try:
+            thaw(domain, timeout_s=min(timeout_s, _THAW_TIMEOUT_S))
+        except OnedBackupError as error:
+            failure = error
+        else:
+            return
+        if not domain.is_active:
+            return
+    if not refused:
+        raise Unavailable(f"domain {domain.name} may still be frozen: {failure}")
+
+
+def _thaw_late(domain: Domain, window: Window, timeout_s: float) -> None:
+    window.method = Mode.NONE
+    window.warning = f"thawed after {timeout_s:g} s, before the backup had begun"
+    with contextlib.suppress(OnedBackupError):
+        thaw(domain, timeout_s=timeout_s)
+
+
+@contextlib.contextmanager
+def _bounded_agent(domain: Domain, timeout_s: float) -> Iterator[None]:
+    """Have libvirt wait for the agent's answer no longer than `timeout_s`, for the commands inside."""
+    with libvirt_errors(f"agent of domain {domain.name}"):
+        domain.handle.agentSetResponseTimeout(max(1, round(timeout_s)), 0)
+    try:
+        yield
+    finally:
+        # libvirt's default; slow freezes by others are theirs to bound
+        with contextlib.suppress(libvirt.libvirtError):
+            domain.handle.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
+
+
+def _agent_is_connected(domain: Domain) -> bool:
+    return any(
+        target.get("state") == "connected"
+        for target in domain.xml().iterfind("devices/channel/target[@name='org.qemu.guest_agent.0']")
+    )

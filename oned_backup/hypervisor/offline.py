@@ -1,0 +1,80 @@
+"""The disk of a domain that is off, served read-only by qemu-nbd.
+
+While it is served nobody can open the image for writing, QEMU included: the
+domain cannot be started in the middle of its backup. The server's pid file is
+locked for as long as it lives, so that whoever comes later can end it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oned_backup.errors import Busy, DriverFailed
+from oned_backup.hypervisor import qemu_img
+from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.qemu_img import Image
+
+#: NBD connections that one export accepts at a time
+_MAX_CLIENTS = 8
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where one disk is served. All of it lies in the operation's socket directory."""
+
+    socket: Path
+    pid_file: Path
+    export: str
+
+
+def serve(
+    host: LocalHost, image: str, image_format: str, *, directory: Path, export: str, bitmap: str = ""
+) -> Server:
+    """Serve an image until the server is stopped; `Busy` if somebody has it open for writing."""
+    server = Server(directory / f"{export}.sock", directory / f"{export}.pid", export)
+    argv = ["qemu-nbd", "--read-only", "--persistent", "--fork", f"--shared={_MAX_CLIENTS}"]
+    argv += [f"--socket={server.socket}", f"--pid-file={server.pid_file}", f"--export-name={export}"]
+    argv += [f"--format={image_format}", "--cache=writeback", "--aio=threads"]
+    if bitmap:
+        argv.append(f"--bitmap={bitmap}")
+    done = host.run([*argv, "--", image], timeout_s=30, check=False)
+    if done.returncode != 0:
+        in_use = "lock" in done.stderr
+        raise (Busy if in_use else DriverFailed)(f"qemu-nbd on {image}: {done.last_words}")
+    return server
+
+
+def stop_servers(host: LocalHost, directory: Path) -> None:
+    """End all servers of a directory."""
+    for name in host.names(directory):
+        if name.endswith(".pid"):
+            host.stop_process(directory / name)
+
+
+def tracking_layers(chain: tuple[Image, ...], bitmap: str) -> tuple[Image, ...]:
+    """The images from the top down that carry `bitmap` without a gap.
+
+    libvirt carries bitmaps into the overlay of an external snapshot, so that
+    the changes lie in the bitmaps of that name of several images.
+    """
+    layers = []
+    for image in chain:
+        if bitmap not in image.bitmaps:
+            break
+        layers.append(image)
+    return tuple(layers)
+
+
+def gather_changes(host: LocalHost, layers: tuple[Image, ...], bitmap: str, merged: str) -> str:
+    """The name of a bitmap in the top image that has the changes of all `layers`.
+
+    `bitmap` itself where there is only one; otherwise they are merged into the new bitmap `merged`.
+    """
+    if len(layers) == 1:
+        return bitmap
+    top = layers[0].path
+    qemu_img.add_bitmap(host, top, merged, records=False)
+    for layer in layers:
+        qemu_img.merge_bitmap(host, top, merged, source=layer.path, source_name=bitmap)
+    return merged
