@@ -1,0 +1,198 @@
+"""Where a restored disk is written: a file, a block device, or a stream.
+
+Each target is told in ascending order what lies where (`write`) and what is
+zero (`zero`). What a fresh file was never told reads as zero anyway.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from oned_backup.errors import InvalidInput, NoSpace, NotFound, OnedBackupError, PermissionDenied, Unavailable
+
+_BLKGETSIZE64 = 0x80081272
+_BLKZEROOUT = 0x127F
+_ZEROS = memoryview(bytes(1 << 20))
+#: zeroing is asked for in steps, so that progress and cancellation are not held up
+_ZERO_STEP = 1 << 30
+
+IsALayer = Callable[[int, int], bool]
+
+
+def open_target(target: Path | int, size: int, *, is_a_layer: IsALayer) -> Target:
+    """The target for `size` bytes. An existing file is emptied; one that is a layer is refused."""
+    if isinstance(target, int):
+        return StreamTarget(target)
+    what = str(target)
+    try:
+        fd, created = _open(target)
+    except OSError as error:
+        raise _explained(error, what) from error
+    try:
+        status = os.fstat(fd)
+        if is_a_layer(status.st_dev, status.st_ino):
+            raise InvalidInput(f"{what}: is one of the files to restore from")
+        if stat.S_ISBLK(status.st_mode):
+            return DeviceTarget(fd, what, size)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidInput(f"{what}: neither a regular file nor a block device")
+        return FileTarget(fd, what, size, remove=target if created else None)
+    except BaseException:
+        os.close(fd)
+        if created:
+            target.unlink()
+        raise
+
+
+class Target:
+    """Base of all targets: sequential `write` and `zero`, then `finish`; a context manager."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        self._fd = fd
+        self._what = what
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """These bytes at that offset."""
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                view = view[count:]
+                offset += count
+        except OSError as error:
+            raise _explained(error, self._what) from error
+
+    def zero(self, start: int, end: int) -> None:
+        """Zeros in `[start, end)`."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Make it durable. A failure is final."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _explained(error, self._what) from error
+
+    def abandon(self) -> None:
+        """The restore failed."""
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                self.abandon()
+        finally:
+            self.close()
+
+
+class FileTarget(Target):
+    """A regular file, emptied and set to its size first, so that zeros cost nothing."""
+
+    def __init__(self, fd: int, what: str, size: int, *, remove: Path | None) -> None:
+        super().__init__(fd, what)
+        self._remove = remove
+        try:
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+        except OSError as error:
+            raise _explained(error, what) from error
+
+    def zero(self, start: int, end: int) -> None:
+        """Nothing to do: never written is zero."""
+
+    def abandon(self) -> None:
+        """Remove the file if it was made here."""
+        if self._remove is not None:
+            self._remove.unlink(missing_ok=True)
+
+
+class DeviceTarget(Target):
+    """A block device: what was on it before must be overwritten."""
+
+    def __init__(self, fd: int, what: str, size: int) -> None:
+        super().__init__(fd, what)
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+        available = struct.unpack("=Q", buffer)[0]
+        if available < size:
+            raise InvalidInput(f"{what}: {size} bytes needed, the device has {available}")
+        self._can_zero_out = True
+
+    def zero(self, start: int, end: int) -> None:
+        """Let the kernel zero the range (it discards where that gives zeros), else write zeros."""
+        while start < end:
+            stop = min(end, start + _ZERO_STEP)
+            if self._can_zero_out and start % 512 == 0 and stop % 512 == 0:
+                try:
+                    fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("=QQ", start, stop - start))
+                    start = stop
+                    continue
+                except OSError:
+                    self._can_zero_out = False
+            stop = min(stop, start + len(_ZEROS))
+            self.write(start, _ZEROS[: stop - start])
+            start = stop
+
+
+class StreamTarget(Target):
+    """A descriptor of the caller's that is written from front to back: a pipe, a socket, stdout."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "output stream")
+
+    def write(self, offset: int, view: memoryview) -> None:  # noqa: ARG002  # it comes in order
+        """The next bytes."""
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise _explained(error, self._what) from error
+
+    def zero(self, start: int, end: int) -> None:
+        """The next bytes are zeros."""
+        while start < end:
+            count = min(end - start, len(_ZEROS))
+            self.write(start, _ZEROS[:count])
+            start += count
+
+    def finish(self) -> None:
+        """Make it durable where that means something."""
+        if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            super().finish()
+
+    def close(self) -> None:
+        """The descriptor is the caller's."""
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """The descriptor, and whether the file was created."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags), False
+    except FileNotFoundError:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+
+
+def _explained(error: OSError, what: str) -> OnedBackupError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return NoSpace(f"{what}: {error.strerror}")
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return PermissionDenied(f"{what}: {error.strerror}")
+    if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+        return NotFound(f"{what}: {error.strerror}")
+    return Unavailable(f"{what}: {error.strerror}")
