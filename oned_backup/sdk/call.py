@@ -39,8 +39,6 @@ class Call:
         self.stdout = stdout
         self.progress = log.Progress()
         self.space: failures.Space | None = None
-        #: printed also when the action ends with `Salvaged`
-        self.salvage_answer: Answer = {}
         self._stdin = stdin
         self._environ = environ
 

@@ -102,7 +102,7 @@ def _report(caught: BaseException, call: Call, termination: _Termination) -> int
         log.write(log.Level.ERROR, "".join(traceback.format_exception(caught)))
     if isinstance(error, Salvaged):
         try:
-            _print(call.stdout, call.salvage_answer)
+            _print(call.stdout, error.answer)
         except OSError as lost:
             log.write(log.Level.WARNING, f"nobody reads the answer: {lost}")
     _flush_python_streams()

@@ -40,6 +40,10 @@ _KINDS: tuple[tuple[set[int], type[OnedBackupError]], ...] = (
     (_DENIED, PermissionDenied),
     (_EXHAUSTED, DriverFailed),
 )
+_WITHOUT_NUMBER: tuple[tuple[type[BaseException], OnedBackupError], ...] = (
+    (MemoryError, DriverFailed("out of memory")),
+    (TimeoutError, Unavailable("timed out")),
+)
 
 
 @dataclass(frozen=True)
@@ -57,32 +61,38 @@ class Space:
 
 def explain(error: BaseException, space: Space | None = None) -> OnedBackupError:
     """The error to report for `error`; `DriverBug` for what no driver should let through."""
+    if isinstance(error, NoSpace) and error.hint is None:  # the data engine knows no numbers
+        return _explain_full(error.message, space, quota=False)
     if isinstance(error, OnedBackupError):
         return error
-    if isinstance(error, BrokenPipeError):
-        return DriverFailed("whoever read the output has gone")
-    if isinstance(error, MemoryError):
-        return DriverFailed("out of memory")
-    if isinstance(error, TimeoutError) and error.errno is None:
-        return Unavailable(str(error) or "timed out")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error, space)
+    for kind, found in _WITHOUT_NUMBER:
+        if isinstance(error, kind):
+            return found
     return DriverBug(f"{type(error).__name__}: {error}")
 
 
 def no_space(space: Space, free_bytes: int, *, quota: bool = False) -> NoSpace:
-    """The error for a full store, with its numbers in MB."""
+    """The error for a full store or target, with its numbers in MB."""
     needed, free = -(-space.needed_bytes >> 20), free_bytes >> 20
-    what = "quota exceeded, " if quota else ""
+    if quota:
+        what = "quota exceeded, "
+    elif free_bytes >= space.needed_bytes:
+        what = "no room for another file, "  # inodes, or the limit of a project or subvolume
+    else:
+        what = ""
     return NoSpace(
         f"{space.path}: {what}{needed} MB needed, {free} MB free",
-        hint="Delete backups that are no longer needed, or make the store larger.",
+        hint="Make room there, or use a larger file system.",
     )
 
 
 def _explain_os_error(error: OSError, space: Space | None) -> OnedBackupError:
     where = f"{error.filename}: " if error.filename else ""
-    text = f"{where}{os.strerror(error.errno) if error.errno else error}"
+    text = f"{where}{os.strerror(error.errno or 0)}"
+    if isinstance(error, BrokenPipeError):
+        return DriverFailed("whoever read the output has gone")
     if error.errno in _FULL:
         return _explain_full(text, space, quota=error.errno == errno.EDQUOT)
     for numbers, kind in _KINDS:

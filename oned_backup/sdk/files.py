@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from blake3 import blake3
 
 from oned_backup.contract.exports import DiskExport, Exports
-from oned_backup.errors import DriverBug, InvalidInput, Unavailable
+from oned_backup.errors import DriverBug, DriverFailed, InvalidInput, Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import StoredFile, dump_manifest
 from oned_backup.sdk.provenance import manifest_of
@@ -112,7 +112,10 @@ class BackupFiles:
         self._call.progress(self._done, self.total_bytes)
 
     def _plain(self, path: Path, name: str) -> BackupFile:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise DriverFailed(f"{name} was announced, but {path} is not there") from error
         self._stack.callback(os.close, descriptor)
         return BackupFile(
             name,

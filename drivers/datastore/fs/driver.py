@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -121,17 +121,15 @@ class FsDatastore(Driver):
                 progress=call.progress,
                 salvage=call.option("SALVAGE", "NO").upper() == "YES",
             )
-        answer: Answer = {"BYTES": restored.bytes_written} if target else {}
         if restored.salvaged:
-            listed = ",".join(f"{offset}+{length}" for offset, length in restored.salvaged)
-            call.warn(f"disk {url.disk_id}: zero-filled (offset+length): {listed}")
-            call.salvage_answer = {**answer, "SALVAGED": listed} if target else {}
-            raise _salvaged(url.disk_id, restored.salvaged)
-        return answer
+            raise _salvaged(call, url.disk_id, restored.salvaged, to_file=bool(target))
+        return {"BYTES": restored.bytes_written} if target else {}
 
     def verify(self, call: Call) -> Answer:
         """Re-read backups, whole or the share PERCENT of their clusters."""
         percent = call.integer_option("PERCENT")
+        if percent is not None and not 1 <= percent <= 100:
+            raise InvalidInput(f"option PERCENT: {percent} is not between 1 and 100")
         with _open_vm(call, call.vm_id) as folder:
             found = [_verify(call, folder, name, percent) for name in restore_points.meant_backups(call)]
         return {"REPORT": VerifyReport(tuple(found)).to_xml()}
@@ -293,6 +291,12 @@ def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> 
         return verify_backup(stored, manifest, percent=percent, advance=advance)
 
 
-def _salvaged(disk_id: int, ranges: tuple[tuple[int, int], ...]) -> Salvaged:
+def _salvaged(call: Call, disk_id: int, ranges: Sequence[tuple[int, int]], *, to_file: bool) -> Salvaged:
+    """The error that lists what had to be zero-filled: on stderr, and where stdout has no data there too."""
+    listed = ",".join(f"{offset}+{length}" for offset, length in ranges)
+    call.warn(f"disk {disk_id}: zero-filled (offset+length): {listed}")
     lost = sum(length for _, length in ranges)
-    return Salvaged(f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero")
+    error = Salvaged(f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero")
+    if to_file:
+        error.answer = {"SALVAGED": listed}
+    return error
