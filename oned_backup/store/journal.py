@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -130,32 +130,35 @@ class Journal:
             )
             return _get(connection, operation_id)
 
-    def claim(self) -> Operation | None:
-        """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none."""
+    def claim(self, allowed: Callable[[Operation], bool] | None = None) -> Operation | None:
+        """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none.
+
+        `allowed`, if given, can pass over operations that must wait for something else.
+        """
         running = operations.alias("running")
         blocked = sa.exists().where(
             running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
         )
         query = (
-            sa.select(operations.c.id)
+            sa.select(operations)
             .where(operations.c.state == OperationState.QUEUED, ~blocked)
             .order_by(operations.c.sequence)
-            .limit(1)
         )
         # Looking first costs no write transaction when there is nothing to do.
         with self._session.read() as connection:
-            if connection.execute(query).first() is None:
+            if connection.execute(query.limit(1)).first() is None:
                 return None
         with self._session.write() as connection:
-            operation_id = connection.execute(query).scalar_one_or_none()
-            if operation_id is None:
+            found = map(_operation, connection.execute(query))
+            chosen = next((entry for entry in found if allowed is None or allowed(entry)), None)
+            if chosen is None:
                 return None
             connection.execute(
                 operations.update()
-                .where(operations.c.id == operation_id)
+                .where(operations.c.id == chosen.id)
                 .values(state=OperationState.RUNNING, started_at=self._session.now())
             )
-            return _get(connection, operation_id)
+            return _get(connection, chosen.id)
 
     def finish(
         self,
