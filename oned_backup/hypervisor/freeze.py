@@ -1,6 +1,6 @@
 """A guest that cannot write while a backup begins, and afterwards can, whatever happens.
 
-    with frozen(domain, Mode.AGENT, timeout_s=10) as window:
+    with frozen(domain, Mode.AGENT, timeout_s=10, note=directory / NOTE) as window:
         begin(…)
     window.method, window.milliseconds, window.warning
 
@@ -20,12 +20,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import libvirt
 
 from oned_backup.errors import Cancelled, OnedBackupError, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain, State
+
+#: name of the file that says that we have suspended a guest
+NOTE = "suspended"
 
 _THAW_ATTEMPTS = 3
 _THAW_TIMEOUT_S = 5.0
@@ -50,8 +54,12 @@ class Window:
 
 
 @contextlib.contextmanager
-def frozen(domain: Domain, mode: Mode, *, timeout_s: float) -> Iterator[Window]:
-    """Keep the guest from writing inside the block, as far as `mode` and its agent allow."""
+def frozen(domain: Domain, mode: Mode, *, timeout_s: float, note: Path) -> Iterator[Window]:
+    """Keep the guest from writing inside the block, as far as `mode` and its agent allow.
+
+    `note` is a file named `suspended` that is there for as long as the guest is suspended
+    by us, so that `resume_if_noted` can help it should we die.
+    """
     window = Window(mode)
     if mode is Mode.NONE:
         yield window
@@ -60,9 +68,12 @@ def frozen(domain: Domain, mode: Mode, *, timeout_s: float) -> Iterator[Window]:
         window.warning = "the guest was paused already, and stays so"
         yield window
         return
-    keeper = _by_agent if mode is Mode.AGENT else _by_suspending
-    with keeper(domain, window, timeout_s):
-        yield window
+    if mode is Mode.AGENT:
+        with _by_agent(domain, window, timeout_s):
+            yield window
+    else:
+        with _by_suspending(domain, window, timeout_s, note):
+            yield window
 
 
 def thaw(domain: Domain, *, timeout_s: float) -> int:
@@ -74,11 +85,12 @@ def thaw(domain: Domain, *, timeout_s: float) -> int:
         return int(domain.handle.fsThaw())
 
 
-def resume(domain: Domain) -> None:
-    """Let a suspended guest go on; nothing happens if it runs or is off."""
-    if domain.state is State.PAUSED:
-        with libvirt_errors(f"resume domain {domain.name}"):
-            domain.handle.resume()
+def resume_if_noted(domain: Domain, directory: Path) -> None:
+    """Resume a guest that was suspended by one of ours, whose notes lie below `directory`, and that died."""
+    for note in directory.glob(f"*/{NOTE}"):
+        if note.read_text() == domain.uuid:
+            _resume(domain)
+            note.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -116,7 +128,8 @@ def _by_agent(domain: Domain, window: Window, timeout_s: float) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _by_suspending(domain: Domain, window: Window, timeout_s: float) -> Iterator[None]:
+def _by_suspending(domain: Domain, window: Window, timeout_s: float, note: Path) -> Iterator[None]:
+    note.write_text(domain.uuid)
     started = time.monotonic()
     try:
         with libvirt_errors(f"suspend domain {domain.name}"):
@@ -124,11 +137,17 @@ def _by_suspending(domain: Domain, window: Window, timeout_s: float) -> Iterator
         window.method = Mode.SUSPEND
         yield
     finally:
-        if domain.is_active:
-            resume(domain)
+        _resume(domain)
+        note.unlink(missing_ok=True)
         window.milliseconds = round((time.monotonic() - started) * 1000)
     if window.milliseconds > timeout_s * 1000:
         window.warning = f"the guest stood still for {window.milliseconds} ms, longer than {timeout_s:g} s"
+
+
+def _resume(domain: Domain) -> None:
+    if domain.state is State.PAUSED:
+        with libvirt_errors(f"resume domain {domain.name}"):
+            domain.handle.resume()
 
 
 def _thaw_for_certain(domain: Domain, *, refused: bool, timeout_s: float) -> None:

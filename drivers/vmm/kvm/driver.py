@@ -1,0 +1,134 @@
+"""Hypervisor driver for QEMU/KVM through libvirt: what domains there are, and emergency actions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oned_backup import xmldoc
+from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unsupported
+from oned_backup.hypervisor import backup_job, freeze
+from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
+from oned_backup.hypervisor.domain import Domain, DomainDisk, disks, find_domain
+from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.qemu_img import backing_chain
+from oned_backup.model.host import Host
+from oned_backup.sdk import Answer, Call, Driver
+from oned_backup.transfer.companions import unpack_tpm
+
+_DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
+_THAW_TIMEOUT_S = 5.0
+_MAX_TPM_BYTES = 64 << 20
+
+
+class Kvm(Driver):
+    """Everything is asked of libvirt; `virsh` is not used."""
+
+    def monitor(self, call: Call) -> Answer:
+        """All domains of the host with their states."""
+        found = []
+        with connected(_host(call).uri) as connection:
+            with libvirt_errors("list of domains"):
+                handles = connection.listAllDomains(0)
+            for handle in handles:
+                domain = Domain(handle)
+                try:
+                    state = domain.state
+                except NotFound:  # undefined since
+                    continue
+                found.append(
+                    xmldoc.build("DOMAIN", {"NAME": domain.name, "UUID": domain.uuid, "STATE": state.value})
+                )
+        return {"DOMAINS": xmldoc.build("DOMAINS", found)}
+
+    def dump_xml(self, call: Call) -> Answer:
+        """A domain's definition, its state, and the virtual sizes of its disks."""
+        with connected(_host(call).uri) as connection:
+            domain = _domain(call, connection)
+            sizes = {disk.target: _capacity(domain, disk) for disk in disks(domain.xml())}
+            return {
+                "DOMAIN": xmldoc.parse(domain.inactive_xml(), what="domain"),
+                "STATE": domain.state.value,
+                "CAPACITY": ",".join(f"{target}:{size}" for target, size in sizes.items() if size),
+            }
+
+    def define(self, call: Call) -> Answer:
+        """Define a domain from XML that the daemon has rebuilt, with its TPM's state if it had one."""
+        text = call.option("DOMAIN")
+        name = xmldoc.text(xmldoc.parse(text, what="domain"), "name")
+        archive = call.option("TPM_TAR", "")
+        with connected(_host(call).uri) as connection:
+            try:
+                with libvirt_errors(f"domain {name}"):
+                    connection.lookupByName(name)
+                raise Conflict(f"the host has a domain named {name} already")
+            except NotFound:
+                pass
+            with libvirt_errors(f"define domain {name}"):
+                domain = connection.defineXML(text)
+            try:
+                if archive:
+                    _restore_tpm(call, domain.UUIDString(), Path(archive))
+            except BaseException:
+                domain.undefine()
+                raise
+        return {"DEPLOY_ID": name}
+
+    def thaw(self, call: Call) -> None:
+        """Thaw the guest, and resume it if an operation of ours had suspended it and died."""
+        with connected(_host(call).uri) as connection:
+            domain = _domain(call, connection)
+            if not domain.is_active:
+                return
+            socket_dir = call.option("SOCKET_DIR", "")
+            if socket_dir:
+                freeze.resume_if_noted(domain, Path(socket_dir))
+            try:
+                freeze.thaw(domain, timeout_s=_THAW_TIMEOUT_S)
+            except (AgentSilent, Unsupported) as error:  # hung, or the domain has none
+                call.warn(error.message)
+
+    def abort_backup(self, call: Call) -> None:
+        """End the domain's backup job if it is ours."""
+        socket_dir = Path(call.option("SOCKET_DIR"))
+        if not socket_dir.is_absolute() or socket_dir == Path("/"):
+            raise InvalidInput(f"SOCKET_DIR '{socket_dir}' is not an absolute path below the root")
+        with connected(_host(call).uri) as connection:
+            backup_job.abort(_domain(call, connection), socket_dir)
+
+
+def _host(call: Call) -> Host:
+    if call.request.host is None:
+        raise InvalidInput("request: the section HOST is needed")
+    return Host(call.request.host)
+
+
+def _domain(call: Call, connection: object) -> Domain:
+
+    key = call.option("DOMAIN")
+    return find_domain(connection, key if _is_uuid(key) else "", key)
+
+
+def _is_uuid(key: str) -> bool:
+    return len(key) == 36 and set(key.lower()) <= set("0123456789abcdef-")
+
+
+def _capacity(domain: Domain, disk: DomainDisk) -> int:
+    """Virtual size in bytes; 0 where there is no medium, or it cannot be told."""
+    if not disk.source or disk.type not in {"file", "block"}:
+        return 0
+    try:
+        if domain.is_active:
+            return domain.capacity_bytes(disk.target)
+        return backing_chain(LocalHost(), disk.source, disk.format)[0].size_bytes
+    except OnedBackupError:
+        return 0
+
+
+def _restore_tpm(call: Call, uuid: str, archive: Path) -> None:
+
+    directory = Path(_host(call).element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR)
+    with archive.open("rb") as file:
+        unpack_tpm(file.read(_MAX_TPM_BYTES), directory / uuid)
+
+
+DRIVER = Kvm()

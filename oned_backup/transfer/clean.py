@@ -1,0 +1,115 @@
+"""After a backup, whatever became of it: end the job, and leave nothing but the checkpoint that is kept.
+
+Everything is found by names that were fixed before it was made: the job and the
+servers by the socket directory of the operation, scratch files by the
+operation's id, checkpoints and bitmaps by the installation's prefix. So this
+works when the one who made them died anywhere, twice, and in whatever state the
+domain is by now. What does not carry our names is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from oned_backup.errors import Busy, DriverFailed, NotFound, OnedBackupError
+from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qemu_img
+from oned_backup.hypervisor import domain as domains
+from oned_backup.hypervisor.connection import connected
+from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
+from oned_backup.transfer.decide import TRACKED_FORMAT
+from oned_backup.transfer.task import BLOCK_SCRATCH_DIR, Task
+
+
+def clean_up(task: Task) -> None:
+    """Remove all of the operation, and all our checkpoints on the VM's disks but the one to keep."""
+    offline.stop_servers(task.host, task.operation_dir)
+    with connected(task.uri) as connection:
+        try:
+            domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
+        except NotFound:
+            remove_files(task, ())
+            return
+        end_job(task, domain)
+        present = domains.disks(domain.xml())
+        freeze.resume_if_noted(domain, task.socket_dir)
+        remove_files(task, present)
+        _remove_checkpoints(task, domain)
+        if domain.is_active:
+            _remove_strays(task, domain, present)
+        else:
+            remove_image_bitmaps(task, present, lambda name: name != task.keep_checkpoint)
+
+
+def undo(task: Task) -> None:
+    """Remove what a failed export of this operation has made, as far as it can be done now.
+
+    Every other checkpoint stays: the next attempt continues from the parent.
+    """
+    with contextlib.suppress(OnedBackupError, OSError), connected(task.uri) as connection:
+        domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
+        present = domains.disks(domain.xml())
+        end_job(task, domain)
+        remove_files(task, present)
+        if task.checkpoint and domain.is_active:
+            checkpoints.remove(domain, task.checkpoint)
+        elif not domain.is_active:
+            remove_image_bitmaps(task, present, lambda name: name in {task.checkpoint, task.merged_bitmap})
+
+
+def end_job(task: Task, domain: Domain) -> bool:
+    """End a backup job of ours, of this operation or of an earlier one that died; False if there is none."""
+    return backup_job.abort(domain, task.socket_dir)
+
+
+def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:
+    """End the operation's servers and remove its sockets and scratch files."""
+    offline.stop_servers(task.host, task.operation_dir)
+    sources = {disk.source for disk in present} | {disk.source for disk in task.vm.disks}
+    folders = {Path(source).parent for source in sources if source.startswith("/")} | {BLOCK_SCRATCH_DIR}
+    for folder in folders | ({task.scratch_dir} if task.scratch_dir else set()):
+        for name in task.host.names(folder):
+            if name.startswith(task.scratch_prefix):
+                task.host.remove(folder / name)
+    task.host.remove(task.operation_dir)
+
+
+def remove_image_bitmaps(task: Task, present: Iterable[DomainDisk], is_stray: Callable[[str], bool]) -> None:
+    """Remove those of our bitmaps that `is_stray` tells from the images of a domain that is off."""
+    for disk in present:
+        if not _is_tracked(disk):
+            continue
+        for layer, image in enumerate(qemu_img.backing_chain(task.host, disk.source, disk.format)):
+            for name in image.bitmaps:
+                if name.startswith(task.own_prefix) and is_stray(name):
+                    try:
+                        qemu_img.remove_bitmap(task.host, image.path, name)
+                    except (Busy, DriverFailed):
+                        if layer == 0:
+                            raise
+                        # a backing image that others use, or that is read-only: no harm done
+
+
+def _remove_checkpoints(task: Task, domain: Domain) -> None:
+    for name in checkpoints.names(domain, task.own_prefix):
+        if name != task.keep_checkpoint:
+            checkpoints.remove(domain, name)
+
+
+def _remove_strays(task: Task, domain: Domain, present: Iterable[DomainDisk]) -> None:
+    """Remove bitmaps of ours from a running domain's images that libvirt does not list.
+
+    One that QEMU holds for inconsistent stays until the domain is off: libvirt cannot remove it.
+    """
+    for disk in present:
+        if not _is_tracked(disk):
+            continue
+        for image in qemu_img.backing_chain(task.host, disk.source, disk.format)[:1]:
+            for name in image.bitmaps:
+                if name.startswith(task.own_prefix) and name != task.keep_checkpoint:
+                    checkpoints.remove_bitmap(domain, name, disk.target)
+
+
+def _is_tracked(disk: DomainDisk) -> bool:
+    return disk.device == "disk" and disk.format == TRACKED_FORMAT and disk.source.startswith("/")

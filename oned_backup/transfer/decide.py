@@ -1,0 +1,108 @@
+"""Whether a disk continues its chain or starts a new one: the rule, without any effect.
+
+An increment is sound only if the bitmap since the parent's checkpoint has seen
+every write to what is now the disk. So the disk must be the parent's (or an
+overlay on it, or what an overlay of it was committed into: libvirt carries the
+bitmaps along), QEMU must vouch for the bitmap, and the disk must not have
+shrunk. Each disk is judged by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+
+#: the only format that keeps dirty bitmaps
+TRACKED_FORMAT = "qcow2"
+
+
+class Tracking(StrEnum):
+    """What was found of the bitmap since the parent's checkpoint."""
+
+    USABLE = "usable"
+    MISSING = "missing"
+    INCONSISTENT = "inconsistent"
+
+
+@dataclass(frozen=True)
+class Current:
+    """A disk as it is now. `source_id` is `device:inode`; `backing` the files below it."""
+
+    disk_id: int
+    target: str
+    source: str
+    source_id: str
+    backing: tuple[str, ...]
+    format: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """FULL or INCREMENT, and why; `text` explains a fall-back to a person."""
+
+    type: BackupType
+    reason: Reason
+    text: str = ""
+
+
+INCREMENT = Decision(BackupType.INCREMENT, Reason.INCREMENT)
+
+
+def decide(disk: Current, parent: Exports | None, tracking: Tracking, full_reason: Reason) -> Decision:
+    """How to back up `disk`; `full_reason` is why there is no parent, if there is none."""
+    if parent is None:
+        return _full(full_reason)
+    if disk.format != TRACKED_FORMAT:
+        return _full(Reason.NO_CHANGE_TRACKING, f"{disk.format} images keep no dirty bitmaps")
+    before = next((old for old in parent.disks if old.disk_id == disk.disk_id), None)
+    return _of_another_disk(before, disk) or _untracked(disk, parent.checkpoint, tracking) or INCREMENT
+
+
+def _of_another_disk(before: DiskExport | None, disk: Current) -> Decision | None:
+    if before is None:
+        return _full(Reason.NEW_DISK, f"{disk.target} is not in the parent backup")
+    if not is_same_disk(before, disk):
+        return _full(Reason.DISK_REPLACED, f"{disk.target} was {before.source}, is {disk.source}")
+    if disk.size_bytes < before.size_bytes:
+        return _full(
+            Reason.DISK_SHRUNK, f"{disk.target} had {before.size_bytes} bytes, has {disk.size_bytes}"
+        )
+    return None
+
+
+def _untracked(disk: Current, checkpoint: str, tracking: Tracking) -> Decision | None:
+    if not checkpoint:
+        return _full(Reason.BITMAP_MISSING, "the parent backup made no checkpoint")
+    if tracking is Tracking.INCONSISTENT:
+        text = f"bitmap {checkpoint} of {disk.target} was not closed: QEMU did not end in good order"
+        return _full(Reason.BITMAP_INCONSISTENT, text)
+    if tracking is Tracking.MISSING:
+        return _full(Reason.BITMAP_MISSING, f"{disk.target} has no bitmap {checkpoint}")
+    return None
+
+
+def is_same_disk(before: DiskExport, now: Current) -> bool:
+    """Whether `now` is the parent's disk, an overlay on it, or what an overlay of it was committed into.
+
+    The device number in the ids is not compared: for network file systems and
+    device mapper it is another one after a reboot.
+    """
+    if before.source == now.source:
+        return _inode(before.source_id) == _inode(now.source_id)
+    return before.source in now.backing or now.source in before.backing
+
+
+def refused(text: str) -> Decision:
+    """The full that is taken because libvirt does not accept the bitmap after all."""
+    return _full(Reason.CHECKPOINT_INVALID, text)
+
+
+def _full(reason: Reason, text: str = "") -> Decision:
+    return Decision(BackupType.FULL, reason, text)
+
+
+def _inode(source_id: str) -> str:
+    return source_id.rpartition(":")[2]

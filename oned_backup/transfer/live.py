@@ -1,0 +1,163 @@
+"""Export the disks of a domain that runs.
+
+One pull job over all disks, started together with its checkpoint at one instant
+while the guest is frozen. Whatever goes wrong on the way is undone here; should
+this process be killed, `clean` undoes it by the names that were fixed beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from oned_backup.contract.exports import BackupType, Exports, Freeze
+from oned_backup.errors import Busy, DriverFailed
+from oned_backup.hypervisor import backup_job, checkpoints, freeze, qemu_img
+from oned_backup.hypervisor import domain as domains
+from oned_backup.hypervisor.backup_job import JobDisk
+from oned_backup.hypervisor.connection import CheckpointUnusable, connected
+from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.transfer import clean, companions
+from oned_backup.transfer import disks as disk_set
+from oned_backup.transfer.decide import (
+    TRACKED_FORMAT,
+    Current,
+    Decision,
+    Tracking,
+    decide,
+    refused,
+)
+from oned_backup.transfer.task import Task
+
+
+def export_live(task: Task, source_dir: Path) -> Exports:
+    """Freeze, begin the job, thaw. `Busy` if the domain is off or has somebody else's backup job."""
+    with connected(task.uri) as connection:
+        domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
+        if not domain.is_active:
+            raise Busy(f"domain {domain.name} is not running")
+        try:
+            return _export(task, domain, source_dir)
+        except BaseException:
+            clean.undo(task)
+            raise
+
+
+def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
+    _take_over(task, domain)
+    xml = domain.xml()
+    present = domains.disks(xml)
+    selection = disk_set.select(task, present)
+    disks = [
+        disk_set.current(task, disk, found, found.backing, domain.capacity_bytes(found.target))
+        for disk, found in selection.included
+    ]
+    decisions = _decisions(task, domain, disks)
+    files = companions.write_definitions(task, domain, source_dir)
+    if task.scratch_dir:
+        task.scratch_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
+    tracked = [disk.target for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
+    others = [disk.target for disk in present if disk.target not in decisions]
+    socket = task.operation_dir / "nbd.sock"
+    blocks = {found.target for _, found in selection.included if found.type == "block"}
+
+    mode = freeze.Mode(task.vm.config.fs_freeze.value)
+    note = task.operation_dir / freeze.NOTE
+    with freeze.frozen(domain, mode, timeout_s=task.freeze_timeout_s, note=note) as window:
+        job = _begin(task, domain, _Job(socket, disks, blocks, others, tracked), decisions)
+
+    files += companions.write_firmware(task, domain, source_dir)
+    number = disk_set.increment_id(task, decisions.values())
+    return Exports(
+        disks=disk_set.disk_exports(
+            disks,
+            decisions,
+            number,
+            {disk.target: (str(socket), disk.target, disk.bitmap) for disk in job},
+        ),
+        increment_id=number,
+        checkpoint=task.checkpoint if tracked else "",
+        freeze=Freeze(mode.value, window.method.value, window.milliseconds, window.warning),
+        excluded=selection.excluded,
+        files=files,
+    )
+
+
+def _take_over(task: Task, domain: Domain) -> None:
+    """Remove what an earlier attempt left; `Busy` if the domain has a backup job that is not ours."""
+    clean.end_job(task, domain)
+    socket = backup_job.current_socket(domain)
+    if socket is not None:
+        raise Busy(f"domain {domain.name} has a backup job of somebody else, at {socket}")
+    clean.remove_files(task, domains.disks(domain.xml()))
+    if task.checkpoint:
+        checkpoints.remove(domain, task.checkpoint)
+
+
+def _decisions(task: Task, domain: Domain, disks: Iterable[Current]) -> dict[str, Decision]:
+    """How each disk is backed up, by its target, after QEMU has vouched for the bitmaps."""
+    hoped = {disk.target: decide(disk, task.parent, Tracking.USABLE, task.full_reason) for disk in disks}
+    candidates = [target for target, decision in hoped.items() if decision.type is BackupType.INCREMENT]
+    if not candidates:
+        return hoped
+    usable = checkpoints.usable_targets(domain, task.parent_checkpoint, candidates)
+    for disk in disks:
+        if disk.target in candidates and disk.target not in usable:
+            chain = qemu_img.backing_chain(task.host, disk.source, disk.format)
+            listed = task.parent_checkpoint in chain[0].bitmaps
+            tracking = Tracking.INCONSISTENT if listed else Tracking.MISSING
+            hoped[disk.target] = decide(disk, task.parent, tracking, task.full_reason)
+    return hoped
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a job is made of, besides which disks are full."""
+
+    socket: Path
+    disks: Sequence[Current]
+    blocks: set[str]
+    others: Sequence[str]
+    tracked: Sequence[str]
+
+
+def _begin(task: Task, domain: Domain, job: _Job, decisions: dict[str, Decision]) -> list[JobDisk]:
+    """Start the job; a disk whose bitmap libvirt refuses after all becomes full in `decisions`."""
+    untracked = [disk.target for disk in job.disks if disk.target not in job.tracked]
+    checkpoint = ""
+    if job.tracked:
+        checkpoint = checkpoints.checkpoint_xml(task.checkpoint, job.tracked, [*untracked, *job.others])
+    cleared = False
+    while True:
+        disks = [
+            JobDisk(
+                disk.target,
+                task.scratch_path(disk.source, disk.target, is_block=disk.target in job.blocks),
+                task.parent_checkpoint if decisions[disk.target].type is BackupType.INCREMENT else "",
+            )
+            for disk in job.disks
+        ]
+        try:
+            backup_job.begin(domain, backup_job.job_xml(job.socket, disks, job.others), checkpoint)
+        except CheckpointUnusable as error:
+            _make_full(error.message, decisions)
+        except DriverFailed as error:
+            if cleared or "already exists" not in error.message:
+                raise
+            cleared = True  # a bitmap of this name that libvirt does not list
+            for target in job.tracked:
+                checkpoints.remove_bitmap(domain, task.checkpoint, target)
+        else:
+            return disks
+
+
+def _make_full(text: str, decisions: dict[str, Decision]) -> None:
+    """Give up the increment of the disk that libvirt names; of all disks if it names none."""
+    increments = [target for target, decision in decisions.items() if decision.type is BackupType.INCREMENT]
+    if not increments:
+        raise DriverFailed(text)
+    named = [target for target in increments if f"'{target}'" in text]
+    for target in named or increments:
+        decisions[target] = refused(text)

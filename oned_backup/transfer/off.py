@@ -1,0 +1,110 @@
+"""Export the disks of a domain that is off.
+
+qemu-nbd serves each image read-only, with the bitmap that QEMU, or the last
+backup in the off state, left in it. The bitmap for the next increment is added
+*before* that: should we die anywhere, the image has both, and the next attempt
+starts from the same parent. While an image is served the domain cannot be
+started on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oned_backup.contract.exports import BackupType, Exports, Freeze
+from oned_backup.errors import Busy
+from oned_backup.hypervisor import domain as domains
+from oned_backup.hypervisor import offline, qemu_img
+from oned_backup.hypervisor.connection import connected
+from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.hypervisor.qemu_img import Image
+from oned_backup.transfer import clean, companions
+from oned_backup.transfer import disks as disk_set
+from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide
+from oned_backup.transfer.task import Task
+
+_Chain = tuple[Image, ...]
+
+
+def export_off(task: Task, source_dir: Path) -> Exports:
+    """Add bitmaps, serve the images. `Busy` if the domain is running, or starts meanwhile."""
+    with connected(task.uri) as connection:
+        domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
+        _require_off(domain)
+        try:
+            return _export(task, domain, source_dir)
+        except BaseException:
+            clean.undo(task)
+            raise
+
+
+def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
+    xml = domain.xml()
+    clean.remove_files(task, domains.disks(xml))
+    selection = disk_set.select(task, domains.disks(xml))
+    chains: dict[str, _Chain] = {}
+    disks: list[Current] = []
+    for entry, found in selection.included:
+        chain = qemu_img.backing_chain(task.host, found.source, found.format)
+        chains[found.target] = chain
+        backing = tuple(image.path for image in chain[1:])
+        disks.append(disk_set.current(task, entry, found, backing, chain[0].size_bytes))
+    decisions = {
+        disk.target: decide(disk, task.parent, _tracking(task, chains[disk.target]), task.full_reason)
+        for disk in disks
+    }
+    files = companions.write_definitions(task, domain, source_dir)
+    files += companions.write_firmware(task, domain, source_dir)
+    tracked = [disk for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
+    for disk in tracked:
+        if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
+            qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
+        qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
+    task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
+    served = {disk.target: _serve(task, disk, decisions[disk.target], chains[disk.target]) for disk in disks}
+    _require_off(domain)
+    number = disk_set.increment_id(task, decisions.values())
+    return Exports(
+        disks=disk_set.disk_exports(disks, decisions, number, served),
+        increment_id=number,
+        checkpoint=task.checkpoint if tracked else "",
+        freeze=Freeze(task.vm.config.fs_freeze.value),
+        excluded=selection.excluded,
+        files=files,
+    )
+
+
+def _tracking(task: Task, chain: _Chain) -> Tracking:
+    """What the images say of the bitmap since the parent's checkpoint."""
+    layers = offline.tracking_layers(chain, task.parent_checkpoint)
+    if not layers:
+        return Tracking.MISSING
+    if any(layer.bitmaps[task.parent_checkpoint].in_use for layer in layers):
+        return Tracking.INCONSISTENT
+    return Tracking.USABLE
+
+
+def _serve(task: Task, disk: Current, decision: Decision, chain: _Chain) -> tuple[str, str, str]:
+    """Serve one disk: its socket, its export, and the bitmap of an increment."""
+    bitmap = ""
+    if decision.type is BackupType.INCREMENT:
+        parent = task.parent_checkpoint
+        layers = offline.tracking_layers(chain, parent)
+        merged = task.merged_bitmap
+        if merged in chain[0].bitmaps:
+            qemu_img.remove_bitmap(task.host, disk.source, merged)
+        bitmap = offline.gather_changes(task.host, layers, parent, merged)
+    server = offline.serve(
+        task.host,
+        disk.source,
+        disk.format,
+        directory=task.operation_dir,
+        export=disk.target,
+        bitmap=bitmap,
+    )
+    return str(server.socket), server.export, bitmap
+
+
+def _require_off(domain: Domain) -> None:
+    if domain.is_active:
+        raise Busy(f"domain {domain.name} is running")

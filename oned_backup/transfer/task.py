@@ -1,0 +1,110 @@
+"""A transfer manager's request, as typed values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from oned_backup.contract.exports import Exports, Reason
+from oned_backup.contract.request import Backup, Request
+from oned_backup.errors import InvalidInput
+from oned_backup.hypervisor.host import LocalHost
+from oned_backup.model.host import Host
+from oned_backup.model.names import CHECKPOINT_PREFIX, checked_name, is_own_checkpoint
+from oned_backup.model.vm import Vm
+
+#: for the scratch files of block devices, if no SCRATCH_DIR is set
+BLOCK_SCRATCH_DIR = Path("/var/tmp")  # noqa: S108 - the names in it cannot be guessed
+
+_DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
+_DEFAULT_FREEZE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to export or to clean up, and where our own things lie on the hypervisor."""
+
+    vm: Vm
+    uri: str
+    swtpm_dir: Path
+    installation: str
+    operation_id: str
+    socket_dir: Path
+    #: None: beside each disk
+    scratch_dir: Path | None
+    freeze_timeout_s: float
+    full_reason: Reason
+    backup: Backup | None
+    parent: Exports | None
+    #: the checkpoint that the next increment needs; empty: none
+    keep_checkpoint: str
+    host: LocalHost = field(default_factory=LocalHost)
+
+    @property
+    def own_prefix(self) -> str:
+        """How the checkpoints and bitmaps of this installation begin."""
+        return f"{CHECKPOINT_PREFIX}{self.installation}-"
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of the checkpoint to make; empty: make none."""
+        return self.backup.checkpoint if self.backup else ""
+
+    @property
+    def parent_checkpoint(self) -> str:
+        """The checkpoint since which changes are wanted; empty: none."""
+        return self.parent.checkpoint if self.parent else ""
+
+    @property
+    def operation_dir(self) -> Path:
+        """Where the sockets of this operation lie."""
+        return self.socket_dir / self.operation_id
+
+    @property
+    def merged_bitmap(self) -> str:
+        """A bitmap of this operation alone, for changes that lie in several images."""
+        return f"{self.own_prefix}merged-{self.operation_id}"
+
+    def scratch_path(self, source: str, target: str, *, is_block: bool = False) -> Path:
+        """The scratch file for a disk: its name is known before it exists, so it can be found again."""
+        beside = BLOCK_SCRATCH_DIR if is_block else Path(source).parent
+        return (self.scratch_dir or beside) / f"{self.scratch_prefix}{target}.scratch"
+
+    @property
+    def scratch_prefix(self) -> str:
+        """How the names of this operation's scratch files begin."""
+        return f".oned-backup-{self.operation_id}-"
+
+
+def task_of(request: Request) -> Task:
+    """The typed request; `InvalidInput` names what is absent or wrong."""
+    if request.vm is None or request.host is None:
+        raise InvalidInput("request: the sections VM and HOST are needed")
+    options = request.options
+    installation = options.get("INSTALLATION", "")
+    if not is_own_checkpoint(f"{CHECKPOINT_PREFIX}{installation}-x", installation) or not installation:
+        raise InvalidInput("request: the option INSTALLATION is needed")
+    checkpoint = request.backup.checkpoint if request.backup else ""
+    if checkpoint and not is_own_checkpoint(checkpoint, installation):
+        raise InvalidInput(f"request: checkpoint '{checkpoint}' is not one of installation {installation}")
+    host = Host(request.host)
+    return Task(
+        vm=Vm(request.vm),
+        uri=host.uri,
+        swtpm_dir=Path(host.element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR),
+        installation=installation,
+        operation_id=checked_name(request.operation_id, "OPERATION/ID"),
+        socket_dir=_absolute(options.get("SOCKET_DIR", ""), "SOCKET_DIR"),
+        scratch_dir=_absolute(options["SCRATCH_DIR"], "SCRATCH_DIR") if options.get("SCRATCH_DIR") else None,
+        freeze_timeout_s=float(options.get("FREEZE_TIMEOUT_S") or _DEFAULT_FREEZE_TIMEOUT_S),
+        full_reason=Reason(options.get("FULL_REASON") or Reason.FIRST_BACKUP),
+        backup=request.backup,
+        parent=request.parent,
+        keep_checkpoint=options.get("KEEP_CHECKPOINT", ""),
+    )
+
+
+def _absolute(path: str, name: str) -> Path:
+    if not path.startswith("/") or ".." in Path(path).parts:
+        raise InvalidInput(f"request: {name} '{path}' is not an absolute path")
+    return Path(path)
