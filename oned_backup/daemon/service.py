@@ -1,0 +1,255 @@
+"""The daemon: recovers what its predecessor left, then runs queued operations on a bounded pool.
+
+Every thread is a worker with a name, belongs to the `Service`, and ends when
+`stop` is called: a worker claims the oldest operation that may run (no other one
+holds its lock, its host has room), runs it to its end, and claims again.
+One daemon per state directory: the store locks its file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oned_backup.config import Settings
+from oned_backup.daemon.progress import ProgressBoard
+from oned_backup.errors import DriverFailed, NotFound, OnedBackupError
+from oned_backup.operations.context import Context, describe
+from oned_backup.operations.engine import run_operation
+from oned_backup.operations.kinds import KINDS
+from oned_backup.operations.locks import held
+from oned_backup.operations.recovery import recover
+from oned_backup.operations.services import RunAction, Services, make_directories
+from oned_backup.runner.run import Cancellation, run_action
+from oned_backup.store import Operation, OperationState, SecretBox, Store
+
+logger = logging.getLogger(__name__)
+
+#: a worker looks at the queue at least so often
+_LOOK_S = 5.0
+#: how long the journal keeps operations that have ended
+_KEEP_JOURNAL_S = 90 * 86_400
+
+
+class Service:
+    """Make it with `open`, then `start` it; `stop` ends it."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.board = ProgressBoard()
+        self.started_at = time.time()
+        self.recovered = threading.Event()
+        self._work = threading.Condition()
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+        self._running: dict[str, Cancellation] = {}
+        self._hosts: Counter[int] = Counter()
+
+    @classmethod
+    def open(cls, settings: Settings, *, run: RunAction = run_action) -> Service:
+        """The service over the settings' directories; `Conflict` if another daemon has them."""
+        os.umask(0o077)
+        make_directories(settings)
+        store = Store.open(settings.database)
+        try:
+            box = SecretBox.open(settings.state_dir / "secret.key")
+            return cls(Services(store, settings, box, run))
+        except BaseException:
+            store.close()
+            raise
+
+    @property
+    def settings(self) -> Settings:
+        """The effective settings."""
+        return self.services.settings
+
+    def start(self) -> None:
+        """Begin to recover and to work; returns at once."""
+        for number in range(self.settings.workers):
+            thread = threading.Thread(target=self._worker, name=f"worker-{number}", daemon=True)
+            self._threads.append(thread)
+        recovery = threading.Thread(target=self._recover, name="recovery", daemon=True)
+        self._threads.append(recovery)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> bool:
+        """Claim nothing more, cancel what runs after half of `stop_s`; whether all ended in time.
+
+        What did not end is taken up by the next start's recovery.
+        """
+        half = self.settings.stop_s / 2
+        with self._work:
+            self._stopping = True
+            self._work.notify_all()
+        self._join(half)
+        with self._work:
+            for cancellation in self._running.values():
+                cancellation.cancel()
+        ended = self._join(half)
+        if ended:
+            self.services.store.close()
+        return ended
+
+    def submit(
+        self,
+        kind: str,
+        lock: str,
+        arguments: Mapping[str, Any],
+        *,
+        vm_id: int | None = None,
+        image_id: int | None = None,
+        datastore_id: int | None = None,
+    ) -> Operation:
+        """Queue an operation."""
+        operation = self.services.store.journal.enqueue(
+            kind, lock, arguments, vm_id=vm_id, image_id=image_id, datastore_id=datastore_id
+        )
+        self._look()
+        return operation
+
+    def cancel(self, operation_id: str) -> Operation:
+        """Ask for the end of an operation; it ends soon, when what it began is undone."""
+        operation = self.services.store.journal.request_cancel(operation_id)
+        with self._work:
+            cancellation = self._running.get(operation_id)
+        if cancellation is not None:
+            cancellation.cancel()
+        self.board.changed(operation_id)
+        return operation
+
+    def wait_for(self, operation_id: str, seen: int, timeout_s: float) -> tuple[Operation, int]:
+        """The operation once the board is not at version `seen`, or it has ended, or after `timeout_s`."""
+        version = seen
+        operation = self.services.store.journal.get(operation_id)
+        if not operation.state.is_final:
+            version = self.board.wait(seen, timeout_s)
+            operation = self.services.store.journal.get(operation_id)
+        return operation, version
+
+    def _recover(self) -> None:
+        try:
+            for operation in recover(self.services):
+                logger.warning("recovered %s %s: %s", operation.kind, operation.id, operation.state)
+            self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
+            self._sweep()
+        except Exception:
+            logger.exception("recovery")
+        self.recovered.set()
+        self._look()
+
+    def _sweep(self) -> None:
+        """Remove lock files of operations that have ended; their work directories are theirs to remove."""
+        for path in self.settings.run_dir.glob("op-*.lock"):
+            try:
+                if self.services.store.journal.get(path.stem).state.is_final:
+                    path.unlink(missing_ok=True)
+            except NotFound:
+                path.unlink(missing_ok=True)
+
+    def _worker(self) -> None:
+        self.recovered.wait()
+        while True:
+            operation = self._claim()
+            if operation is None:
+                return
+            try:
+                self._run(operation)
+            finally:
+                with self._work:
+                    self._running.pop(operation.id, None)
+                    self._hosts[self._host_of(operation)] -= 1
+                self.board.changed(operation.id, ended=True)
+                self._look()
+
+    def _claim(self) -> Operation | None:
+        """The next operation to run, waited for; None when the daemon stops."""
+        journal = self.services.store.journal
+        with self._work:
+            while not self._stopping:
+                try:
+                    operation = journal.claim(self._has_room)
+                except OnedBackupError:
+                    logger.exception("the queue cannot be read")
+                    operation = None
+                if operation is not None:
+                    self._hosts[self._host_of(operation)] += 1
+                    self._running[operation.id] = Cancellation()
+                    return operation
+                self._work.wait(_LOOK_S)
+        return None
+
+    def _has_room(self, operation: Operation) -> bool:
+        host_id = self._host_of(operation)
+        return host_id < 0 or self._hosts[host_id] < self.settings.workers_per_host
+
+    def _host_of(self, operation: Operation) -> int:
+        """The host whose limit counts for the operation, -1 for none."""
+        return int(operation.arguments.get("host_id", -1))
+
+    def _run(self, operation: Operation) -> None:
+        """Run one operation to its end: the top of a worker, where everything is caught."""
+        cancellation = self._running[operation.id]
+        if self.services.store.journal.get(operation.id).cancel_requested:
+            cancellation.cancel()
+        context = Context(
+            self.services,
+            operation,
+            cancellation=cancellation,
+            report=lambda step, done, total: self.board.report(operation.id, step, done, total),
+            log=lambda level, line: self._log(operation, level, line),
+        )
+        try:
+            with held(self.settings.run_dir, operation.id) as context.lock_fd:
+                state = run_operation(KINDS[operation.kind], context)
+            logger.info("%s %s: %s", operation.kind, operation.id, state)
+        except Exception as error:
+            logger.exception("%s %s", operation.kind, operation.id)
+            self._give_up(operation, error)
+
+    def _give_up(self, operation: Operation, error: Exception) -> None:
+        """The engine itself failed: at least the journal must say so."""
+        try:
+            self.services.store.journal.finish(
+                operation.id, OperationState.FAILED, error=describe(DriverFailed(f"internal error: {error}"))
+            )
+        except Exception:
+            logger.exception("%s cannot be ended in the journal", operation.id)
+
+    def _log(self, operation: Operation, level: int, line: str) -> None:
+        logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", operation.id, line)
+        self.board.log(operation.id, line)
+
+    def _look(self) -> None:
+        with self._work:
+            self._work.notify_all()
+
+    def _join(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        return not any(thread.is_alive() for thread in self._threads)
+
+
+_LEVELS = {
+    0: logging.CRITICAL,
+    1: logging.CRITICAL,
+    2: logging.CRITICAL,
+    3: logging.ERROR,
+    4: logging.WARNING,
+    5: logging.INFO,
+    6: logging.INFO,
+}
+
+
+def log_to(stream_level: int, path: Path | None = None) -> None:
+    """Send the daemon's log to stderr, or to `path`."""
+    handler: logging.Handler = logging.StreamHandler() if path is None else logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=stream_level, handlers=[handler], force=True)

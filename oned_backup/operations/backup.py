@@ -1,0 +1,392 @@
+"""BACKUP: PLAN → PREPARE → STORE → RECORD → CLEAN.
+
+    PLAN      look at the domain, choose chain, ids and datastore, see that there is room
+    PREPARE   transfer manager: freeze, begin the job with its checkpoint, thaw  (undo: CLEAN)
+    STORE     datastore: read the exports, store, publish                       (undo: DISCARD)
+    RECORD    one transaction: image, VM, datastore, restore point, journal      commits
+    CLEAN     transfer manager: end the job; keep the checkpoint for the next increment
+
+Nothing that reached PREPARE ends without CLEAN: it is the undo of PREPARE and
+the last step of success. It removes the parent's checkpoint only when it is told
+SUCCESS, and it is told so only after RECORD. Until then the next backup can
+still be an increment of the parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from oned_backup import xmldoc
+from oned_backup.contract.exports import BackupType, Exports
+from oned_backup.contract.request import Backup, Outcome
+from oned_backup.contract.result import document
+from oned_backup.errors import (
+    Busy,
+    Cancelled,
+    Conflict,
+    DataCorrupt,
+    DriverBug,
+    InvalidInput,
+    Misconfigured,
+    NoSpace,
+    NotFound,
+    OnedBackupError,
+    PermissionDenied,
+)
+from oned_backup.model.datastore import Datastore, disabled
+from oned_backup.model.names import checkpoint_name
+from oned_backup.model.selection import select_disks
+from oned_backup.model.vm import (
+    DomainState,
+    Vm,
+    backup_begun,
+    backup_ended,
+    with_error,
+    without_error,
+)
+from oned_backup.operations import record
+from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
+from oned_backup.operations.chain import last_good_parent, plan_chain, space_needed_mb
+from oned_backup.operations.context import Context
+from oned_backup.operations.domains import look_up_domain, refresh_vm
+from oned_backup.operations.engine import Failure, OperationKind, retry_wait
+from oned_backup.operations.inventory import measure
+from oned_backup.operations.services import new_backup_id
+from oned_backup.operations.steps import Step, Undo
+from oned_backup.store import BackupState, OperationState
+
+#: the domain changed its state between PLAN and PREPARE: plan again so often
+_MOST_REPLANS = 3
+_THAW_S = 8
+
+
+def _plan(context: Context) -> Mapping[str, Any]:
+    services = context.services
+    vm_id = context.integer("vm_id")
+    vm, state = refresh_vm(services, context.caller, vm_id)
+    if state is DomainState.CRASHED:
+        raise Conflict(
+            f"VM {vm_id} ({vm.name}) has crashed and is kept as it is for inspection",
+            hint="Stop or restart the domain, then back it up.",
+        )
+    included, excluded = select_disks(vm)
+    if not included:
+        reasons = "; ".join(entry.text for entry in excluded) or "it has none"
+        raise InvalidInput(f"VM {vm_id} ({vm.name}) has no disk to back up: {reasons}")
+    plan = _decide(context, vm, live=state is not DomainState.OFF)
+    _check_room(context, vm, plan)
+    services.store.change("vm", vm_id, lambda element: backup_begun(Vm(element)).element)
+    return {"plan": asdict(plan)}
+
+
+def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
+    services = context.services
+    store = services.store
+    images = {image_id: services.image(image_id) for image_id in vm.backup_ids}
+    stores = [Datastore(entry.element) for entry in store.find("datastore")]
+    requested = context.arguments.get("datastore_id")
+    chain = plan_chain(
+        vm.config,
+        images,
+        {row.backup_id for row in store.backups(vm_id=vm.id, state=BackupState.GOOD)},
+        enabled_datastores=[entry.id for entry in stores if entry.is_enabled],
+        requested_datastore=requested,
+        reset=bool(context.arguments.get("reset")),
+    )
+    if chain.explanation:
+        context.note(chain.explanation)
+    now = services.clock()
+    backup_id = new_backup_id(now)
+    parent = last_good_parent(vm.config, images)
+    tracked = chain.full_reason is None or chain.full_reason.value != "full-mode"
+    return BackupPlan(
+        vm_id=vm.id,
+        live=live,
+        datastore_id=chain.datastore_id,
+        image_id=chain.image_id,
+        backup_id=backup_id,
+        parent_id=chain.parent_id,
+        increment_id=chain.increment_id,
+        date=int(now),
+        checkpoint=checkpoint_name(store.installation, backup_id) if tracked else "",
+        old_checkpoint=checkpoint_name(store.installation, parent) if parent else "",
+        full_reason="" if chain.full_reason is None else chain.full_reason.value,
+    )
+
+
+def _check_room(context: Context, vm: Vm, plan: BackupPlan) -> None:
+    """Measure the datastore, and refuse a backup that it cannot take."""
+    services = context.services
+    datastore = services.datastore(plan.datastore_id)
+    if not datastore.is_enabled:
+        reason = datastore.disabled_reason
+        raise Misconfigured(
+            f"datastore {datastore.id} ({datastore.name}) is disabled{f': {reason}' if reason else ''}",
+            hint=f"Correct it with `oned-backup datastore update {datastore.id} KEY=VALUE`.",
+        )
+    free_mb = measure(services, datastore.id, context.caller).free_mb
+    history: dict[str, int] = {}
+    for image_id in vm.backup_ids:
+        image = services.image(image_id)
+        sizes = [(entry.type.value, entry.size_mb) for entry in image.increments]
+        for kind, size_mb in sizes or [("FULL", image.size_mb)]:
+            history[kind] = max(history.get(kind, 0), size_mb)
+    included, _ = select_disks(vm)
+    sizes_mb = [disk.size_mb for disk in included]
+    needed_mb = space_needed_mb(history, continues=plan.image_id is not None, sizes_mb=sizes_mb)
+    if needed_mb > free_mb:
+        raise NoSpace(
+            f"datastore {datastore.id} ({datastore.name}): about {needed_mb} MB needed, {free_mb} MB free",
+            hint="Delete backups, set KEEP_LAST, or add space.",
+        )
+
+
+def _number(answer: Mapping[str, str], key: str) -> int:
+    if not answer[key].isdecimal():
+        raise DriverBug(f"{key}={answer[key][:40]} is not a whole number")
+    return int(answer[key])
+
+
+def _options(context: Context, plan: BackupPlan) -> dict[str, str]:
+    settings = context.services.settings
+    return {
+        "FULL_REASON": plan.full_reason,
+        "FREEZE_TIMEOUT_S": f"{settings.freeze_timeout_s:g}",
+        "SOCKET_DIR": str(settings.nbd_dir),
+        "SCRATCH_DIR": "" if settings.scratch_dir is None else str(settings.scratch_dir),
+        "INSTALLATION": context.services.store.installation,
+    }
+
+
+def _chain_id(context: Context, plan: BackupPlan) -> str:
+    return plan.backup_id if plan.image_id is None else context.services.image(plan.image_id).source
+
+
+def _prepare(context: Context) -> Mapping[str, Any]:
+    plan = plan_of(context)
+    vm = context.services.vm(plan.vm_id)
+    answer = context.caller_with_source().tm(
+        "pre_backup_live" if plan.live else "pre_backup",
+        vm.tm_mad,
+        backup=plan.backup(_chain_id(context, plan)),
+        host=context.services.host(vm.host_id).element,
+        vm=vm.element,
+        parent=record.parent_exports(context.services.store, plan.parent_id),
+        options=_options(context, plan),
+    )
+    root = document(answer, "EXPORTS")
+    try:
+        exports = Exports.from_xml(root)
+    except InvalidInput as error:
+        raise DriverBug(f"EXPORTS: {error}") from error
+    for disk in exports.disks:
+        if disk.type is BackupType.FULL and plan.image_id is not None:
+            why = f" ({disk.text})" if disk.text else ""
+            context.note(f"disk {disk.disk_id} ({disk.target}) is stored whole: {disk.reason}{why}")
+    if exports.freeze.warning:
+        context.note(f"freeze: {exports.freeze.warning}")
+    return {"exports": xmldoc.serialize(root)}
+
+
+def _store(context: Context) -> Mapping[str, Any]:
+    plan = plan_of(context)
+    exports = exports_of(context)
+    services = context.services
+    continues = exports is not None and exports.type is BackupType.INCREMENT
+    image = services.image(plan.image_id) if continues and plan.image_id is not None else None
+    backup = plan.backup(_chain_id(context, plan) if image is not None else plan.backup_id)
+    if image is None:
+        backup = Backup(
+            id=plan.backup_id,
+            chain_id=plan.backup_id,
+            increment_id=0,
+            date=plan.date,
+            checkpoint=plan.checkpoint,
+        )
+    try:
+        answer = context.caller_with_source().datastore(
+            "backup",
+            services.datastore(plan.datastore_id),
+            backup=backup,
+            vm=services.vm(plan.vm_id).element,
+            image=None if image is None else image.element,
+            exports=exports,
+            options=_options(context, plan),
+        )
+    except (Misconfigured, PermissionDenied) as error:
+        _disable(context, plan.datastore_id, error)
+        raise
+    if answer["BACKUP_ID"] != plan.backup_id:
+        raise DriverBug(f"backup: BACKUP_ID is {answer['BACKUP_ID'][:64]}, not {plan.backup_id}")
+    return {
+        "size_mb": _number(answer, "SIZE_MB"),
+        "format": answer["FORMAT"],
+        "manifest": answer.get("MANIFEST", ""),
+    }
+
+
+def _disable(context: Context, datastore_id: int, error: OnedBackupError) -> None:
+    """No new backups into a datastore that refuses us, until somebody has looked at it."""
+    context.services.store.change(
+        "datastore", datastore_id, lambda element: disabled(Datastore(element), str(error)).element
+    )
+    context.note(f"datastore {datastore_id} is disabled for new backups until it is updated")
+
+
+def _discard(context: Context) -> None:
+    """Undo of STORE: nothing of this backup stays in the store, finished or not."""
+    plan = plan_of(context)
+    services = context.services
+    datastore = services.datastore(plan.datastore_id)
+    sections: dict[str, Any] = {
+        "backup": plan.backup(plan.backup_id),
+        "vm": services.vm(plan.vm_id).element,
+    }
+    context.caller.datastore("backup_cancel", datastore, **sections)
+    context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
+
+
+def _clean(context: Context, outcome: Outcome) -> None:
+    plan = plan_of(context)
+    services = context.services
+    vm = services.vm(plan.vm_id)
+    keep = plan.checkpoint if outcome is Outcome.SUCCESS else plan.old_checkpoint
+    context.caller_with_source().tm(
+        "post_backup_live" if plan.live else "post_backup",
+        vm.tm_mad,
+        outcome=outcome,
+        backup=plan.backup(plan.backup_id),
+        host=services.host(vm.host_id).element,
+        vm=vm.element,
+        exports=exports_of(context),
+        options={**_options(context, plan), "KEEP_CHECKPOINT": keep},
+    )
+
+
+def _clean_after_failure(context: Context) -> None:
+    """Undo of PREPARE. Where it is not known how far PREPARE came, the guest is thawed first."""
+    plan = plan_of(context)
+    if plan.live and (context.recovering or "exports" not in context.facts):
+        _make_safe(context, plan)
+    _clean(context, Outcome.CANCELLED if context.cancellation_asked else Outcome.FAILURE)
+
+
+def _make_safe(context: Context, plan: BackupPlan) -> None:
+    """Thaw the guest and end our backup job; failing here must not keep CLEAN from running."""
+    vm = context.services.vm(plan.vm_id)
+    host = context.services.host(vm.host_id)
+    options = {"DOMAIN": vm.uuid, "SOCKET_DIR": str(context.services.settings.nbd_dir)}
+    for action in ("thaw", "abort_backup"):
+        try:
+            context.caller.vmm(action, host, vm=vm.element, options=options, deadline_s=_THAW_S)
+        except NotFound:
+            return
+        except OnedBackupError as error:
+            context.note(f"{action}: {error}")
+
+
+def _clean_after_success(context: Context) -> None:
+    _clean(context, Outcome.SUCCESS)
+
+
+def _again(context: Context, failure: Failure) -> float | None:
+    """Plan again at once if the guest changed its state; else as for every operation."""
+    if failure.step == "PREPARE" and isinstance(failure.error, Busy):
+        return 0.05 if context.attempt <= _MOST_REPLANS else None
+    final = (Cancelled, NoSpace, DataCorrupt, Misconfigured, PermissionDenied, Conflict)
+    if failure.step == "STORE" and not isinstance(failure.error, final) and _guest_stopped(context):
+        return 0.05
+    return retry_wait(context, failure)
+
+
+def _guest_stopped(context: Context) -> bool:
+    """Whether a backup that began with a running guest lost it on the way; asked only once."""
+    plan = plan_of(context)
+    if not plan.live or any(note.startswith("the guest stopped") for note in context.notes):
+        return False
+    vm = context.services.vm(plan.vm_id)
+    view = look_up_domain(context.caller, context.services.host(vm.host_id), vm.uuid)
+    if view.state is not DomainState.OFF:
+        return False
+    context.note("the guest stopped in the middle of the backup: backing it up again as it is now, off")
+    return True
+
+
+def _result(context: Context) -> Mapping[str, Any]:
+    plan = plan_of(context)
+    exports = exports_of(context)
+    result: dict[str, Any] = {
+        "vm_id": plan.vm_id,
+        "datastore_id": plan.datastore_id,
+        "live": plan.live,
+    }
+    if "image_id" in context.facts:
+        result |= {
+            "backup_id": plan.backup_id,
+            "image_id": context.facts["image_id"],
+            "increment_id": context.facts["increment_id"],
+            "size_mb": context.facts["size_mb"],
+        }
+    if exports is not None:
+        result |= {
+            "type": exports.type.value,
+            "freeze": asdict(exports.freeze),
+            "disks": [
+                {
+                    "disk_id": disk.disk_id,
+                    "target": disk.target,
+                    "type": disk.type.value,
+                    "reason": disk.reason.value,
+                    "text": disk.text,
+                    "size_bytes": disk.size_bytes,
+                }
+                for disk in exports.disks
+            ],
+            "excluded": [
+                {
+                    "disk_id": disk.disk_id,
+                    "target": disk.target,
+                    "reason": disk.reason.value,
+                    "text": disk.text,
+                }
+                for disk in exports.excluded
+            ],
+        }
+    return result
+
+
+def _ended(context: Context, state: OperationState, error: OnedBackupError | None) -> None:
+    """Put the VM's state back, tell it what went wrong, and queue the retention."""
+    services = context.services
+    vm_id = context.integer("vm_id")
+
+    def ended(element: xmldoc.Element) -> xmldoc.Element:
+        vm = backup_ended(Vm(element))
+        if state is OperationState.DONE:
+            vm = without_error(vm)
+        elif state is OperationState.FAILED and error is not None:
+            when = datetime.fromtimestamp(services.clock(), UTC).strftime("%a %b %d %H:%M:%S %Y")
+            vm = with_error(vm, str(error), when)
+        return vm.element
+
+    vm = Vm(services.store.change("vm", vm_id, ended))
+    if state is OperationState.DONE and vm.config.keep_last > 0:
+        services.store.journal.enqueue("retain", f"vm:{vm_id}", {"vm_id": vm_id}, vm_id=vm_id)
+
+
+BACKUP = OperationKind(
+    name="backup",
+    steps=(
+        Step("PLAN", do=_plan),
+        Step("PREPARE", do=_prepare, undo=Undo("CLEAN", _clean_after_failure)),
+        Step("STORE", do=_store, undo=Undo("DISCARD", _discard)),
+        Step("RECORD", record=record.record_backup, commits=True),
+        Step("CLEAN", do=_clean_after_success),
+    ),
+    again=_again,
+    result=_result,
+    ended=_ended,
+)

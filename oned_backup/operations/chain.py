@@ -1,0 +1,127 @@
+"""Where a backup goes: into which chain, after which backup, and if into a new chain, why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from oned_backup.contract.exports import Reason
+from oned_backup.errors import InvalidInput
+from oned_backup.model.backup_config import BackupConfig, Mode
+from oned_backup.model.image import Image
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """The place of the next backup. Without `image_id` it begins a new image, for `full_reason`.
+
+    `explanation` is for the user where the new chain is not what the configuration promised.
+    """
+
+    datastore_id: int
+    image_id: int | None = None
+    parent_id: str = ""
+    increment_id: int = 0
+    full_reason: Reason | None = None
+    explanation: str = ""
+
+
+def plan_chain(
+    config: BackupConfig,
+    images: Mapping[int, Image],
+    good_backups: Collection[str],
+    *,
+    enabled_datastores: Collection[int],
+    requested_datastore: int | None = None,
+    reset: bool = False,
+) -> ChainPlan:
+    """Continue the active chain where that is sound, else begin a new one and say why.
+
+    `images`: the VM's images by id. `good_backups`: the ids of all restore points of the
+    active chain that are good. An active chain fixes the datastore; asking for
+    another one begins a new chain there. `InvalidInput` if no datastore can be chosen.
+    """
+    active = images.get(config.incremental_backup_id) if config.has_chain else None
+    chain_store = None if active is None else active.datastore_id
+    datastore_id = _choose_datastore(images, enabled_datastores, requested_datastore, chain_store)
+    if config.mode is Mode.FULL:
+        return ChainPlan(datastore_id, full_reason=Reason.FULL_MODE)
+    if not config.has_chain:
+        if images:
+            return ChainPlan(
+                datastore_id, full_reason=Reason.RESET, explanation="new chain: the last one was ended"
+            )
+        return ChainPlan(datastore_id, full_reason=Reason.FIRST_BACKUP)
+    fault = _fault(config, active, good_backups)
+    if reset:
+        fault = "asked for"
+    elif datastore_id != chain_store and not fault:
+        fault = f"the chain is in datastore {chain_store}, datastore {datastore_id} was asked for"
+    if fault or active is None:
+        return ChainPlan(datastore_id, full_reason=Reason.RESET, explanation=f"new chain: {fault}")
+    last = active.increments[-1]
+    return ChainPlan(datastore_id, active.id, last.source, last.id + 1)
+
+
+def last_good_parent(config: BackupConfig, images: Mapping[int, Image]) -> str:
+    """The backup whose checkpoint must outlive a failed backup, so that the chain can go on; or ''."""
+    active = images.get(config.incremental_backup_id) if config.has_chain else None
+    return active.increments[-1].source if active is not None and active.increments else ""
+
+
+def _fault(config: BackupConfig, active: Image | None, good_backups: Collection[str]) -> str:
+    """Why the active chain cannot be continued, empty if it can."""
+    if active is None:
+        return f"image {config.incremental_backup_id} of the active chain is gone"
+    if not active.is_ready:
+        return f"image {active.id} is in state {active.state_name}"
+    if not active.increments:
+        return f"image {active.id} holds no chain"
+    broken = [entry.source for entry in active.increments if entry.source not in good_backups]
+    if broken:
+        return f"backup {broken[0]} of image {active.id} is damaged"
+    if active.increments[-1].id != config.last_increment_id:
+        return (
+            f"image {active.id} ends with increment {active.increments[-1].id},"
+            f" the VM's last one is {config.last_increment_id}"
+        )
+    return ""
+
+
+def _choose_datastore(
+    images: Mapping[int, Image],
+    enabled_datastores: Collection[int],
+    requested: int | None,
+    chain_store: int | None,
+) -> int:
+    if requested is not None:
+        return requested
+    if chain_store is not None:
+        return chain_store
+    used = [images[image_id].datastore_id for image_id in sorted(images, reverse=True)]
+    for candidate in used:
+        if candidate in enabled_datastores:
+            return candidate
+    if len(enabled_datastores) == 1:
+        return next(iter(enabled_datastores))
+    if not enabled_datastores:
+        raise InvalidInput(
+            "there is no enabled backup datastore",
+            hint="Make one with `oned-backup datastore create NAME --driver fs BASE_PATH=/…`.",
+        )
+    known = ", ".join(str(entry) for entry in sorted(enabled_datastores))
+    raise InvalidInput(
+        "the VM has no backup yet and there is more than one datastore",
+        hint=f"Choose with -d: there are {known}.",
+    )
+
+
+def space_needed_mb(history: Mapping[str, int], *, continues: bool, sizes_mb: Collection[int]) -> int:
+    """About what the backup will take in the store, from what earlier ones took; at least 1.
+
+    `history`: size of the VM's stored backups by type, the largest of each; `sizes_mb`: the
+    virtual sizes of the disks, an upper bound. A first backup's size is unknown (thin
+    disks hold less than they promise): its driver finds out before it writes.
+    """
+    kind = "INCREMENT" if continues else "FULL"
+    return max(1, min(history.get(kind, 1), sum(sizes_mb) or 1))

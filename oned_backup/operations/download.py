@@ -1,0 +1,160 @@
+"""DOWNLOAD of one disk by its pseudo-URL: PLAN → DOWNLOAD → PLACE.
+
+The target is a new file (made beside its name, renamed when it is proved), a
+file or block device that exists (written in place), or a FIFO that somebody
+reads from (`oned-backup download URL -`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oned_backup.contract.url import parse_url
+from oned_backup.errors import Cancelled, Conflict, InvalidInput, Salvaged, Unavailable
+from oned_backup.operations import stored
+from oned_backup.operations.context import Context
+from oned_backup.operations.engine import Failure, OperationKind, retry_wait
+from oned_backup.operations.steps import Step, Undo
+
+FORMATS = ("raw", "qcow2")
+_READER_WAIT_S = 30.0
+
+
+def _plan(context: Context) -> Mapping[str, Any]:
+    url = parse_url(context.text("url"))
+    stored.datastore_of_url(context.services, url.datastore_id, url.scheme)
+    image_format = context.text("format", "raw")
+    if image_format not in FORMATS:
+        raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
+    target = Path(context.text("target"))
+    if not target.is_absolute() or ".." in target.parts:
+        raise InvalidInput(f"target '{str(target)[:200]}' is not an absolute path")
+    kind = _kind_of(target)
+    if kind == "file" and target.stat().st_size and not context.arguments.get("overwrite"):
+        raise Conflict(f"{target} exists and is not empty", hint="--overwrite writes over it.")
+    return {
+        "url": str(url),
+        "datastore_id": url.datastore_id,
+        "format": image_format,
+        "target": str(target),
+        "kind": kind,
+    }
+
+
+def _kind_of(target: Path) -> str:
+    """new, file, device or fifo; `InvalidInput` for what no disk can be written to."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        if target.parent.is_dir():
+            return "new"
+        raise InvalidInput(f"there is no directory {target.parent}") from None
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISBLK(mode):
+        return "device"
+    if stat.S_ISFIFO(mode):
+        return "fifo"
+    raise InvalidInput(f"{target} is neither a file nor a block device")
+
+
+def _partial(context: Context) -> Mapping[str, Any]:
+    if context.facts["kind"] != "new":
+        return {}
+    target = Path(context.facts["target"])
+    return {"partial": str(target.parent / f".{target.name}.partial-{context.operation.id}")}
+
+
+def _download(context: Context) -> Mapping[str, Any]:
+    facts = context.facts
+    options = {"URL": facts["url"], "FORMAT": facts["format"]}
+    if context.arguments.get("salvage"):
+        options["SALVAGE"] = "YES"
+    descriptor = None
+    if facts["kind"] == "fifo":
+        descriptor = _open_fifo(context, facts["target"])
+    else:
+        target = facts.get("partial", facts["target"])
+        if "partial" in facts:
+            Path(target).unlink(missing_ok=True)
+        options["TARGET"] = target
+    datastore = context.services.datastore(facts["datastore_id"])
+    salvaged = ""
+    try:
+        context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
+    except Salvaged as damage:
+        salvaged = str(damage)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return {"salvaged": [salvaged] if salvaged else []}
+
+
+def _open_fifo(context: Context, path: str) -> int:
+    """The writing end, once a reader has opened the other; `Unavailable` if none comes."""
+    deadline = time.monotonic() + _READER_WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # ENXIO: nobody reads yet
+            if context.cancellation.wait(0.05):
+                raise Cancelled("download was cancelled") from None
+            continue
+        os.set_blocking(descriptor, True)
+        return descriptor
+    raise Unavailable(f"{path}: nobody reads from it")
+
+
+def _remove_partial(context: Context) -> None:
+    """Undo of DOWNLOAD: the partial file. What was written over cannot be brought back."""
+    if "partial" in context.facts:
+        Path(context.facts["partial"]).unlink(missing_ok=True)
+
+
+def _place(context: Context) -> Mapping[str, Any]:
+    if "partial" not in context.facts:
+        return {}
+    partial, target = Path(context.facts["partial"]), Path(context.facts["target"])
+    for path in (partial, target.parent):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if path == target.parent:
+                _rename_new(partial, target)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return {}
+
+
+def _rename_new(partial: Path, target: Path) -> None:
+    try:
+        os.link(partial, target, follow_symlinks=False)
+    except FileExistsError as error:
+        raise Conflict(f"{target} has come into being meanwhile") from error
+    partial.unlink()
+
+
+def _again(context: Context, failure: Failure) -> float | None:
+    """What has gone down a pipe cannot be sent again."""
+    return None if context.facts.get("kind") == "fifo" else retry_wait(context, failure)
+
+
+def _result(context: Context) -> Mapping[str, Any]:
+    return {name: context.facts[name] for name in ("target", "format", "salvaged") if name in context.facts}
+
+
+DOWNLOAD = OperationKind(
+    name="download",
+    steps=(
+        Step("PLAN", do=_plan),
+        Step("DOWNLOAD", do=_download, intend=_partial, undo=Undo("REMOVE", _remove_partial)),
+        Step("PLACE", do=_place),
+    ),
+    again=_again,
+    result=_result,
+)

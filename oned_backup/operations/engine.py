@@ -1,0 +1,269 @@
+"""Runs an operation by its transition table, with the journal written ahead of every effect.
+
+One attempt is one walk through the table. When it ends in FAILED, the kind of
+operation decides whether to walk again (a host that could not be reached, a
+guest that changed its state in the middle); before that everything was undone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from oned_backup.errors import Cancelled, DriverFailed, OnedBackupError
+from oned_backup.operations.context import Context, describe
+from oned_backup.operations.steps import DONE, FAILED, Event, Step, doing, transitions, undoing
+from oned_backup.store import OperationState, StepState
+
+logger = logging.getLogger(__name__)
+
+#: undos are tried so often when what they need cannot be reached
+_UNDO_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed: in which step, and when the first attempt began (monotonic)."""
+
+    step: str
+    error: OnedBackupError
+    began: float
+
+
+def retry_wait(context: Context, failure: Failure) -> float | None:
+    """How long to wait before the next attempt; None: give up. Doubles from attempt to attempt."""
+    retry = context.services.settings.retry
+    wait = min(retry.first_wait_s * 2 ** (context.attempt - 1), retry.longest_wait_s)
+    late = time.monotonic() + wait > failure.began + retry.for_s
+    return None if late or not failure.error.retryable else wait
+
+
+def no_result(_context: Context) -> Mapping[str, Any]:
+    """Nothing to tell."""
+    return {}
+
+
+def nothing_after(_context: Context, _state: OperationState, _error: OnedBackupError | None) -> None:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class OperationKind:
+    """A kind of operation: its steps and what is particular about it.
+
+    `again` says how long to wait before another attempt, None to give up.
+    `result` is what a finished operation tells. `ended` runs last, whatever the end was.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    again: Callable[[Context, Failure], float | None] = retry_wait
+    result: Callable[[Context], Mapping[str, Any]] = no_result
+    ended: Callable[[Context, OperationState, OnedBackupError | None], None] = nothing_after
+    #: after a restart of the daemon it is queued again, since half of it is worse than all of it
+    requeue: bool = False
+
+
+@dataclass
+class _Walk:
+    """One walk through the table: what was begun, and the first error."""
+
+    kind: OperationKind
+    context: Context
+    state: str
+    #: journal numbers of the steps begun
+    numbers: dict[str, int] = field(default_factory=dict)
+    committed: bool = False
+    error: OnedBackupError | None = None
+    failed_step: str = ""
+
+    def run(self) -> None:
+        """Walk until DONE or FAILED."""
+        table = transitions(self.kind.steps)
+        states = {doing(step): (step, self._do) for step in self.kind.steps}
+        states |= {undoing(step): (step, self._undo) for step in self.kind.steps}
+        while self.state not in {DONE, FAILED}:
+            step, act = states[self.state]
+            self.state = table[self.state, act(step)]
+
+    def _do(self, step: Step) -> Event:
+        context = self.context
+        journal = context.services.store.journal
+        context.step = step.name
+        context.report(step.name, 0, 0)
+        try:
+            if not self.committed:
+                context.check_cancelled()
+            intent = dict(step.intend(context)) if step.intend else {}
+            number = journal.begin_step(
+                context.operation.id, step.name, {"attempt": context.attempt, **intent}
+            )
+            self.numbers[step.name] = number
+            context.facts |= intent
+            if self.committed:
+                with context.uncancellable():
+                    self._effect(step, number)
+            else:
+                self._effect(step, number)
+        except Exception as error:  # noqa: BLE001 - whatever happened, what was begun must be undone
+            self._failed(step, error)
+            return Event.ERROR
+        self.committed = self.committed or step.commits
+        return Event.OK
+
+    def _effect(self, step: Step, number: int) -> None:
+        context = self.context
+        store = context.services.store
+        if step.record is not None:
+            with store.transaction() as tx:
+                outcome = dict(step.record(context, tx) or {})
+                tx.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
+        else:
+            assert step.do is not None, step.name  # noqa: S101 - a Step has one of the two
+            outcome = dict(step.do(context) or {})
+            store.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
+        context.facts |= outcome
+
+    def _failed(self, step: Step, error: Exception) -> None:
+        known = as_known(error)
+        context = self.context
+        if self.committed:
+            context.note(f"{step.name} failed after the result was safe: {known}")
+        elif self.error is None:
+            self.error, self.failed_step = known, step.name
+        number = self.numbers.get(step.name)
+        if number is not None:
+            self._end(number, StepState.FAILED, {"error": describe(known)})
+
+    def _undo(self, step: Step) -> Event:
+        undo = step.undo
+        assert undo is not None, step.name  # noqa: S101 - the table leads here only then
+        context = self.context
+        context.step = undo.name
+        context.report(undo.name, 0, 0)
+        number = None
+        try:
+            number = context.services.store.journal.begin_step(
+                context.operation.id, undo.name, {"attempt": context.attempt, "undoes": step.name}
+            )
+            with context.uncancellable():
+                self._persistently(undo.run)
+        except Exception as error:  # noqa: BLE001 - the other undos must still run
+            known = as_known(error)
+            context.note(f"{undo.name} did not succeed, something may be left behind: {known}")
+            if number is not None:
+                self._end(number, StepState.FAILED, {"error": describe(known)})
+            return Event.ERROR
+        self._end(number, StepState.DONE)
+        if step.name in self.numbers:
+            self._end(self.numbers[step.name], StepState.UNDONE)
+        return Event.OK
+
+    def _persistently(self, run: Callable[[Context], None]) -> None:
+        """Run an undo, again after a short while if it could not reach what it needs."""
+        for tried in range(1, _UNDO_TRIES + 1):
+            try:
+                return run(self.context)
+            except OnedBackupError as error:
+                if not error.retryable or tried == _UNDO_TRIES or self.context.recovering:
+                    raise
+            self.context.cancellation.wait(self.context.services.settings.retry.first_wait_s)
+        return None
+
+    def _end(self, number: int, state: StepState, result: Mapping[str, Any] | None = None) -> None:
+        """Write how a step ended; the journal being out of reach must not stop the undoing."""
+        try:
+            self.context.services.store.journal.end_step(self.context.operation.id, number, state, result)
+        except Exception:
+            logger.exception("journal of %s cannot be written", self.context.operation.id)
+
+
+def run_operation(kind: OperationKind, context: Context) -> OperationState:
+    """Carry out `context.operation` to its end, which is in the journal afterwards and returned."""
+    began = time.monotonic()
+    while True:
+        walk = _Walk(kind, context, doing(kind.steps[0]))
+        walk.run()
+        if walk.state == DONE:
+            return finish(kind, context, OperationState.DONE, None)
+        error = walk.error or DriverFailed("failed without an error")
+        wait = None if isinstance(error, Cancelled) else _next_wait(kind, context, walk, error, began)
+        if wait is None:
+            return finish(kind, context, end_of(error), error)
+        context.note(f"attempt {context.attempt}: {walk.failed_step}: {error}")
+        context.step = "WAIT"
+        context.report("WAIT", 0, 0)
+        if context.cancellation.wait(wait):
+            return finish(kind, context, OperationState.CANCELLED, _cancelled(error))
+        context.attempt += 1
+        context.facts.clear()
+
+
+def go_on(kind: OperationKind, context: Context, state: str, numbers: Mapping[str, int]) -> str:
+    """Continue an interrupted attempt at `state` of the table; returns DONE or FAILED."""
+    walk = _Walk(kind, context, state, numbers=dict(numbers), committed=state.startswith("do:"))
+    walk.run()
+    return walk.state
+
+
+def finish(
+    kind: OperationKind, context: Context, state: OperationState, error: OnedBackupError | None
+) -> OperationState:
+    """Write the operation's end to the journal and clear away what it kept for itself."""
+    context.step = "END"
+    try:
+        kind.ended(context, state, error)
+    except Exception as trouble:
+        logger.exception("%s %s: after its end", kind.name, context.operation.id)
+        context.note(f"after the end: {trouble}")
+    result = dict(kind.result(context)) if state is OperationState.DONE else partial_result(kind, context)
+    if context.notes:
+        result["notes"] = list(context.notes)
+    if context.attempt > 1:
+        result["attempts"] = context.attempt
+    context.services.store.journal.finish(
+        context.operation.id, state, result=result, error="" if error is None else describe(error)
+    )
+    context.remove_work_dir()
+    return state
+
+
+def partial_result(kind: OperationKind, context: Context) -> dict[str, Any]:
+    """What a failed operation can tell nevertheless."""
+    try:
+        return dict(kind.result(context))
+    except (KeyError, OnedBackupError):
+        return {}
+
+
+def end_of(error: OnedBackupError) -> OperationState:
+    """The state in which an operation ends that failed with `error`."""
+    return OperationState.CANCELLED if isinstance(error, Cancelled) else OperationState.FAILED
+
+
+def _cancelled(error: OnedBackupError) -> Cancelled:
+    return Cancelled(f"cancelled while waiting to try again after: {error}")
+
+
+def as_known(error: Exception) -> OnedBackupError:
+    """`error`, or for a fault of our own one that says so (its traceback is in the daemon's log)."""
+    if isinstance(error, OnedBackupError):
+        return error
+    logger.error("unexpected", exc_info=error)
+    return DriverFailed(
+        f"internal error: {type(error).__name__}: {error}", hint="The daemon's log has the traceback."
+    )
+
+
+def _next_wait(
+    kind: OperationKind, context: Context, walk: _Walk, error: OnedBackupError, began: float
+) -> float | None:
+    if context.cancellation.cancelled:
+        return None
+    try:
+        return kind.again(context, Failure(walk.failed_step, error, began))
+    except OnedBackupError:
+        return None

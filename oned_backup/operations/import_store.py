@@ -1,0 +1,214 @@
+"""IMPORT: the catalogue's entries for what a store holds, made from the store alone.
+
+Idempotent: backups that are known are left as they are. A VM is recognised by its
+UUID; one that is nowhere known gets a document in state DONE, as OpenNebula has
+for VMs that are gone, so that its backups can be listed and restored. Chains
+are imported as they are and not continued: the next backup of an imported VM
+starts a new one (the checkpoints belong to the installation that made them).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from oned_backup import xmldoc
+from oned_backup.contract.actions import Kind
+from oned_backup.contract.documents import Catalogue
+from oned_backup.contract.result import document
+from oned_backup.errors import DataCorrupt, Unsupported
+from oned_backup.model.backup_config import BackupConfig, Mode
+from oned_backup.model.datastore import Datastore, with_image
+from oned_backup.model.document import Owner
+from oned_backup.model.image import Image, image_name, new_image, with_increment
+from oned_backup.model.increments import Increment, IncrementType
+from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.vm import (
+    DomainState,
+    LcmState,
+    Placement,
+    Vm,
+    VmState,
+    new_vm,
+    with_backup,
+    with_state,
+)
+from oned_backup.operations.context import Context
+from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.steps import Step
+from oned_backup.store import Backup, Transaction
+
+_MIB = 1024 * 1024
+
+
+def _read(context: Context) -> Mapping[str, Any]:
+    services = context.services
+    datastore = services.datastore(context.integer("datastore_id"))
+    driver = services.driver(Kind.DATASTORE, datastore.ds_mad)
+    if not driver.supports("catalogue"):
+        raise Unsupported(f"driver {driver} cannot list a store: it has no action catalogue")
+    answer = context.caller.datastore("catalogue", datastore)
+    (context.work_dir / "catalogue.xml").write_text(answer["CATALOGUE"])
+    return {}
+
+
+def _catalogue(context: Context) -> Catalogue:
+    answer = {"CATALOGUE": (context.work_dir / "catalogue.xml").read_text()}
+    return Catalogue.from_xml(document(answer, "CATALOGUE"))
+
+
+def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
+    catalogue = _catalogue(context)
+    unreadable = [f"{name}: {text}" for name, text in catalogue.unreadable]
+    known = {row.backup_id for row in tx.backups()}
+    chains: dict[tuple[int, str], list[tuple[Manifest, str]]] = defaultdict(list)
+    for text in catalogue.manifests:
+        try:
+            manifest = parse_manifest(text)
+        except DataCorrupt as error:
+            unreadable.append(str(error))
+            continue
+        chains[manifest.vm_id, manifest.chain_id].append((manifest, text))
+    counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
+    for (_, chain_id), entries in sorted(chains.items(), key=lambda item: item[1][0][0].date):
+        entries.sort(key=lambda entry: entry[0].increment_id)
+        missing = [entry for entry in entries if entry[0].id not in known]
+        counts["known"] += len(entries) - len(missing)
+        if not missing:
+            continue
+        if entries[0][0].id != chain_id:
+            unreadable.append(f"chain {chain_id}: its first backup is not in the store")
+            continue
+        counts["backups"] += len(missing)
+        _import_chain(context, tx, entries, counts, known)
+    for text in unreadable:
+        context.note(f"not imported: {text}")
+    return {**counts, "unreadable": unreadable}
+
+
+def _import_chain(
+    context: Context,
+    tx: Transaction,
+    entries: Sequence[tuple[Manifest, str]],
+    counts: dict[str, int],
+    known: set[str],
+) -> None:
+    datastore_id = context.integer("datastore_id")
+    first = entries[0][0]
+    vm = _vm_of(context, tx, entries[-1][0], counts)
+    if first.id in known:
+        image = Image(tx.get("image", tx.backup(first.id).image_id).element)
+    else:
+        image = _create_image(tx, datastore_id, vm, first)
+        counts["images"] += 1
+    for manifest, text in entries:
+        if manifest.id in known:
+            continue
+        if manifest.id != first.id:
+            image = _extend(tx, image, manifest)
+        tx.add_backup(
+            Backup(
+                backup_id=manifest.id,
+                image_id=image.id,
+                increment_id=manifest.increment_id,
+                vm_id=vm.id,
+                datastore_id=datastore_id,
+                manifest=text,
+                stored_at=manifest.date,
+            )
+        )
+
+
+def _create_image(tx: Transaction, datastore_id: int, vm: Vm, first: Manifest) -> Image:
+    tracked = bool(first.raw.get("checkpoint"))
+    datastore = Datastore(tx.get("datastore", datastore_id).element)
+    taken = {entry.element.findtext("NAME", "") for entry in tx.find("image", vm_id=vm.id)}
+    element = tx.create(
+        "image",
+        lambda image_id: (
+            new_image(
+                image_id,
+                vm=vm,
+                datastore=datastore,
+                name=image_name(vm.id, first.date, taken),
+                source=first.id,
+                date=first.date,
+                size_mb=_size_mb(first),
+                disk_ids=[disk.disk_id for disk in first.disks],
+                increment=_increment(first, -1) if tracked else None,
+            ).element
+        ),
+    )
+    image = Image(element)
+    tx.change("datastore", datastore_id, lambda old: with_image(Datastore(old), image.id).element)
+    tx.change("vm", vm.id, lambda old: with_backup(Vm(old), image.id).element)
+    return image
+
+
+def _extend(tx: Transaction, image: Image, manifest: Manifest) -> Image:
+    parent = image.increments[-1].id if image.increments else -1
+    disk_ids = [disk.disk_id for disk in manifest.disks]
+    changed = with_increment(image, _increment(manifest, parent), disk_ids)
+    tx.change("image", image.id, lambda _old: changed.element)
+    return changed
+
+
+def _increment(manifest: Manifest, parent_id: int) -> Increment:
+    return Increment(
+        id=manifest.increment_id,
+        parent_id=parent_id,
+        date=manifest.date,
+        size_mb=_size_mb(manifest),
+        source=manifest.id,
+        type=IncrementType(manifest.type),
+    )
+
+
+def _size_mb(manifest: Manifest) -> int:
+    return -(-manifest.size_bytes // _MIB)
+
+
+def _vm_of(context: Context, tx: Transaction, manifest: Manifest, counts: dict[str, int]) -> Vm:
+    """The catalogue's VM with the manifest's UUID; a new document in state DONE if there is none."""
+    found = tx.find("vm", uuid=manifest.vm_uuid) if manifest.vm_uuid else []
+    if found:
+        return Vm(found[-1].element)
+    domain = xmldoc.parse("<domain><devices/></domain>")
+    domain.insert(0, xmldoc.build("name", manifest.vm_name))
+    domain.insert(1, xmldoc.build("uuid", manifest.vm_uuid))
+    element = tx.create(
+        "vm",
+        lambda vm_id: (
+            with_state(
+                new_vm(
+                    vm_id,
+                    name=manifest.vm_name,
+                    placement=Placement(-1, ""),
+                    domain=domain,
+                    state=DomainState.OFF,
+                    capacity_bytes={},
+                    date=int(context.services.clock()),
+                    owner=Owner(),
+                    config=replace(BackupConfig(), mode=Mode.INCREMENT),
+                ),
+                VmState.DONE,
+                LcmState.INIT,
+            ).element
+        ),
+    )
+    counts["vms"] += 1
+    return Vm(element)
+
+
+def _result(context: Context) -> Mapping[str, Any]:
+    wanted = ("backups", "images", "vms", "known", "unreadable")
+    return {name: context.facts[name] for name in wanted if name in context.facts}
+
+
+IMPORT = OperationKind(
+    name="import",
+    steps=(Step("READ", do=_read), Step("RECORD", record=_import)),
+    result=_result,
+)

@@ -1,0 +1,242 @@
+"""What is done at once, without an operation: hosts, imported VMs and datastores enter and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oned_backup.contract.actions import Kind
+from oned_backup.contract.driver_toml import DriverManifest
+from oned_backup.errors import Conflict, DriverBug, InvalidInput, NotFound, OnedBackupError, Unavailable
+from oned_backup.model import datastore as datastores
+from oned_backup.model.datastore import Datastore, new_datastore, with_capacity, with_parameters
+from oned_backup.model.host import Host, HostState, new_host, with_state, with_vm
+from oned_backup.model.selection import configure
+from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, with_backup, with_config
+from oned_backup.model.vm import with_state as with_vm_state
+from oned_backup.operations.domains import DomainSummary, list_domains, look_up_domain
+from oned_backup.operations.services import Caller, Services, query_caller, secret_context
+
+
+def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str) -> Host:
+    """The new host, reached once; nothing is added if it cannot be reached."""
+    services.driver(Kind.VMM, vm_mad)
+    services.driver(Kind.TM, tm_mad)
+    element = services.store.create(
+        "host", lambda host_id: new_host(host_id, name=name, uri=uri, vm_mad=vm_mad, tm_mad=tm_mad).element
+    )
+    host = Host(element)
+    try:
+        look_at_host(services, host.id)
+    except OnedBackupError:
+        services.store.delete("host", host.id)
+        raise
+    return services.host(host.id)
+
+
+def look_at_host(services: Services, host_id: int) -> tuple[DomainSummary, ...]:
+    """The host's domains; its state is brought up to date, also when it cannot be reached."""
+    try:
+        domains = list_domains(query_caller(services, "monitor"), services.host(host_id))
+    except Unavailable as error:
+        text = str(error)
+        services.store.change(
+            "host", host_id, lambda element: with_state(Host(element), HostState.ERROR, text).element
+        )
+        raise
+    services.store.change(
+        "host", host_id, lambda element: with_state(Host(element), HostState.MONITORED).element
+    )
+    return domains
+
+
+def remove_host(services: Services, host_id: int, *, force: bool) -> None:
+    """Forget a host. Its VMs go with it if `force`; those that have backups stay, in state DONE."""
+    vms = [Vm(entry.element) for entry in services.store.find("vm", host_id=host_id)]
+    there = [vm for vm in vms if vm.state != VmState.DONE]
+    if there and not force:
+        raise Conflict(
+            f"host {host_id} has {len(there)} imported VMs",
+            hint="--force forgets them with it; their backups are kept.",
+        )
+    for vm in there:
+        _refuse_busy(services, vm)
+    with services.store.transaction() as tx:
+        tx.get("host", host_id)
+        for vm in there:
+            if vm.backup_ids:
+                tx.change(
+                    "vm",
+                    vm.id,
+                    lambda element: with_vm_state(Vm(element), VmState.DONE, LcmState.INIT).element,
+                )
+            else:
+                tx.delete("vm", vm.id)
+        tx.delete("host", host_id)
+
+
+def _refuse_busy(services: Services, vm: Vm) -> None:
+    for operation in services.store.journal.list(vm_id=vm.id, limit=20):
+        if not operation.state.is_final:
+            raise Conflict(f"VM {vm.id} ({vm.name}): {operation.kind} {operation.id} is {operation.state}")
+
+
+def import_vms(
+    services: Services, host_id: int, names: Sequence[str], *, every: bool
+) -> list[dict[str, Any]]:
+    """Import domains by name or UUID, or all; what became of each. Known ones are brought up to date."""
+    if every == bool(names):
+        raise InvalidInput("name the domains to import, or use --all")
+    host = services.host(host_id)
+    domains = look_at_host(services, host_id)
+    if every:
+        wanted = list(domains)
+    else:
+        by_name = {key: domain for domain in domains for key in (domain.uuid, domain.name)}
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
+            known = ", ".join(sorted(domain.name for domain in domains)) or "none"
+            raise NotFound(f"host {host.name} has no domain '{unknown[0][:64]}'", hint=f"It has {known}.")
+        wanted = list(dict.fromkeys(by_name[name] for name in names))
+    caller = query_caller(services, "import")
+    return [_import_vm(services, caller, host, domain) for domain in wanted]
+
+
+def _import_vm(services: Services, caller: Caller, host: Host, domain: DomainSummary) -> dict[str, Any]:
+    view = look_up_domain(caller, host, domain.uuid)
+    now = int(services.clock())
+    with services.store.transaction() as tx:
+        known = [Vm(entry.element) for entry in tx.find("vm", uuid=domain.uuid)]
+        old = next((vm for vm in known if vm.host_id == host.id), known[-1] if known else None)
+
+        def document(vm_id: int) -> Vm:
+            return new_vm(
+                vm_id,
+                name=domain.name,
+                placement=host.placement,
+                domain=view.xml,
+                state=view.state,
+                capacity_bytes=view.capacity_bytes,
+                date=now,
+            )
+
+        if old is None:
+            vm = Vm(tx.create("vm", lambda vm_id: document(vm_id).element))
+            tx.change("host", host.id, lambda element: with_vm(Host(element), vm.id).element)
+        elif old.host_id == host.id and old.state != VmState.DONE:
+            vm = old
+        else:
+            vm = _adopted(document(old.id), old)
+            tx.change("vm", old.id, lambda _old: vm.element)
+            tx.change("host", host.id, lambda element: with_vm(Host(element), vm.id).element)
+    result = "imported" if old is None else "known" if vm is old else "adopted"
+    return {"id": vm.id, "name": vm.name, "uuid": vm.uuid, "state": domain.state.value, "result": result}
+
+
+def _adopted(new: Vm, old: Vm) -> Vm:
+    """`new` with the backups of `old`, which was here before: in another catalogue, or on another host."""
+    for image_id in old.backup_ids:
+        new = with_backup(new, image_id)
+    return with_config(new, new.config if old.state == VmState.DONE else old.config)
+
+
+def configure_vm(services: Services, vm_id: int, values: Mapping[str, str]) -> tuple[Vm, bool]:
+    """The VM with the user's BACKUP_CONFIG values, and whether that ends its active chain."""
+    before = services.vm(vm_id)
+    after = Vm(services.store.change("vm", vm_id, lambda element: configure(Vm(element), values).element))
+    return after, before.config.has_chain and not after.config.has_chain
+
+
+def create_datastore(services: Services, name: str, driver: str, values: Mapping[str, str]) -> Datastore:
+    """The new datastore, measured once; nothing is added if its driver refuses it."""
+    manifest = services.driver(Kind.DATASTORE, driver).manifest
+    parameters = manifest.checked_parameters(values)
+    element = services.store.create(
+        "datastore",
+        lambda datastore_id: (
+            new_datastore(
+                datastore_id,
+                name=name,
+                ds_mad=driver,
+                parameters=_sealed(services, manifest, datastore_id, parameters),
+            ).element
+        ),
+    )
+    datastore_id = Datastore(element).id
+    try:
+        return measure(services, datastore_id)
+    except OnedBackupError:
+        services.store.delete("datastore", datastore_id)
+        raise
+
+
+def update_datastore(
+    services: Services, datastore_id: int, values: Mapping[str, str], *, name: str | None = None
+) -> Datastore:
+    """The datastore with changed parameters (empty: the default again), measured and enabled."""
+    old = services.datastore(datastore_id)
+    manifest = services.driver(Kind.DATASTORE, old.ds_mad).manifest
+    if old.image_ids and values.get("BASE_PATH", old.base_path) != old.base_path:
+        raise Conflict(
+            f"datastore {datastore_id} keeps {len(old.image_ids)} images: its BASE_PATH cannot change",
+            hint="Make another datastore, or move the files and mount them at the old path.",
+        )
+    sealed = old.sealed_parameters
+    opened = {
+        key: services.box.unseal(text, secret_context(datastore_id, key)) if key in sealed else text
+        for key, text in old.parameters.items()
+    }
+    parameters = manifest.checked_parameters({**opened, **values})
+
+    def changed(element: Any) -> Any:
+        new = with_parameters(Datastore(element), _sealed(services, manifest, datastore_id, parameters))
+        new = datastores.enabled(new)
+        return (new if name is None else datastores.with_name(new, name)).element
+
+    services.store.change("datastore", datastore_id, changed)
+    try:
+        return measure(services, datastore_id)
+    except OnedBackupError:
+        services.store.change("datastore", datastore_id, lambda _new: old.element)
+        raise
+
+
+def _sealed(
+    services: Services, manifest: DriverManifest, datastore_id: int, parameters: Mapping[str, str]
+) -> dict[str, str]:
+    return {
+        key: services.box.seal(value, secret_context(datastore_id, key))
+        if manifest.parameters[key].secret
+        else value
+        for key, value in parameters.items()
+    }
+
+
+def delete_datastore(services: Services, datastore_id: int) -> None:
+    """Forget a datastore that keeps nothing; what lies in the store itself is not touched."""
+    with services.store.transaction() as tx:
+        datastore = Datastore(tx.get("datastore", datastore_id).element)
+        if datastore.image_ids:
+            raise Conflict(
+                f"datastore {datastore_id} ({datastore.name}) keeps {len(datastore.image_ids)} images",
+                hint="Delete the images first: `oned-backup image delete ID`.",
+            )
+        tx.delete("datastore", datastore_id)
+
+
+def measure(services: Services, datastore_id: int, caller: Caller | None = None) -> Datastore:
+    """The datastore with its capacity as its driver measures it now."""
+    asking = caller or query_caller(services, "monitor")
+    answer = asking.datastore("monitor", services.datastore(datastore_id))
+    sizes = {key.lower(): _megabytes(answer, key) for key in ("TOTAL_MB", "USED_MB", "FREE_MB")}
+    return Datastore(
+        services.store.change(
+            "datastore", datastore_id, lambda element: with_capacity(Datastore(element), **sizes).element
+        )
+    )
+
+
+def _megabytes(answer: Mapping[str, str], key: str) -> int:
+    if not answer[key].isdecimal():
+        raise DriverBug(f"monitor: {key}={answer[key][:40]} is not a whole number")
+    return int(answer[key])

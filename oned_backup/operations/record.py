@@ -1,0 +1,129 @@
+"""What a finished backup changes in the catalogue, in one transaction, and what the next one reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+from oned_backup.errors import DriverBug, NotFound
+from oned_backup.model import datastore as datastores
+from oned_backup.model.backup_config import Mode
+from oned_backup.model.datastore import Datastore
+from oned_backup.model.image import Image, image_name, new_image, with_increment
+from oned_backup.model.increments import Increment, next_increment
+from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.vm import Vm, with_backup, with_config
+from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
+from oned_backup.operations.context import Context
+from oned_backup.store import Backup, Store, Transaction
+
+
+def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
+    """Enter the stored backup: image or increment, VM, datastore, restore point."""
+    plan = plan_of(context)
+    exports = exports_of(context)
+    if exports is None:
+        raise DriverBug("a backup without EXPORTS cannot be recorded")
+    size_mb = int(context.facts["size_mb"])
+    vm = Vm(tx.get("vm", plan.vm_id).element)
+    if exports.type is BackupType.INCREMENT and plan.image_id is not None:
+        image_id, increment_id = _add_increment(tx, plan, exports, size_mb)
+    else:
+        image_id = _add_image(context, tx, plan, exports=exports, vm=vm, size_mb=size_mb)
+        increment_id = 0
+    tx.add_backup(
+        Backup(
+            backup_id=plan.backup_id,
+            image_id=image_id,
+            increment_id=increment_id,
+            vm_id=vm.id,
+            datastore_id=plan.datastore_id,
+            manifest=context.facts["manifest"],
+            stored_at=context.services.clock(),
+        )
+    )
+    config = vm.config.without_chain()
+    if plan.checkpoint and config.mode is Mode.INCREMENT:
+        config = replace(config, incremental_backup_id=image_id, last_increment_id=increment_id)
+    tx.update(
+        "vm",
+        vm.id,
+        tx.get("vm", vm.id).version,
+        with_config(with_backup(vm, image_id), config).element,
+    )
+    return {"image_id": image_id, "increment_id": increment_id}
+
+
+def _add_increment(tx: Transaction, plan: BackupPlan, exports: Exports, size_mb: int) -> tuple[int, int]:
+    stored = tx.get("image", plan.image_id or 0)
+    image = Image(stored.element)
+    increment = next_increment(image.increments, date=plan.date, size_mb=size_mb, source=plan.backup_id)
+    changed = with_increment(image, increment, [disk.disk_id for disk in exports.disks])
+    tx.update("image", image.id, stored.version, changed.element)
+    return image.id, increment.id
+
+
+def _add_image(
+    context: Context, tx: Transaction, plan: BackupPlan, *, exports: Exports, vm: Vm, size_mb: int
+) -> int:
+    stored = tx.get("datastore", plan.datastore_id)
+    datastore = Datastore(stored.element)
+    taken = {entry.element.findtext("NAME", "") for entry in tx.find("image", vm_id=vm.id)}
+    first: Increment | None = None
+    if plan.checkpoint:
+        first = next_increment((), date=plan.date, size_mb=size_mb, source=plan.backup_id)
+    element = tx.create(
+        "image",
+        lambda image_id: (
+            new_image(
+                image_id,
+                vm=vm,
+                datastore=datastore,
+                name=image_name(vm.id, plan.date, taken),
+                source=plan.backup_id,
+                date=plan.date,
+                size_mb=size_mb,
+                disk_ids=[disk.disk_id for disk in exports.disks],
+                increment=first,
+                image_format=context.facts["format"],
+            ).element
+        ),
+    )
+    image_id = Image(element).id
+    tx.update("datastore", datastore.id, stored.version, datastores.with_image(datastore, image_id).element)
+    return image_id
+
+
+def parent_exports(store: Store, backup_id: str) -> Exports | None:
+    """The EXPORTS of a finished backup, from its manifest; None for no or an unknown backup."""
+    if not backup_id:
+        return None
+    try:
+        return exports_of_manifest(parse_manifest(store.backup(backup_id).manifest, what=backup_id))
+    except NotFound:
+        return None
+
+
+def exports_of_manifest(manifest: Manifest) -> Exports:
+    """What a manifest says of the exports that it was made of; no sockets, no files."""
+    return Exports(
+        disks=tuple(
+            DiskExport(
+                disk_id=disk.disk_id,
+                target=disk.target,
+                file=disk.file,
+                type=BackupType(disk.type),
+                reason=Reason(disk.reason),
+                size_bytes=disk.size_bytes,
+                format=disk.format,
+                source=disk.source,
+                source_id=disk.source_id,
+                text=disk.text,
+            )
+            for disk in manifest.disks
+        ),
+        increment_id=manifest.increment_id,
+        checkpoint=str(manifest.raw.get("checkpoint") or ""),
+    )

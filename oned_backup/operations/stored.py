@@ -1,0 +1,92 @@
+"""Asking a datastore's driver about what it keeps: the sections that such requests need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from oned_backup import xmldoc
+from oned_backup.contract.documents import Listing, RestorePlan
+from oned_backup.contract.result import document
+from oned_backup.errors import Conflict, DriverBug, InvalidInput
+from oned_backup.model.datastore import Datastore
+from oned_backup.model.image import Image
+from oned_backup.model.increments import chain_to
+from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.operations.services import Caller, Services
+from oned_backup.store import BackupState
+
+
+def manifest_of(services: Services, backup_id: str) -> Manifest:
+    """The manifest of a restore point, as the catalogue has it."""
+    return parse_manifest(services.store.backup(backup_id).manifest, what=f"backup {backup_id}")
+
+
+def sections_for(services: Services, image: Image) -> dict[str, Any]:
+    """IMAGE and VM of a request about a stored image.
+
+    The store knows the VM by the number that it had when the backup was made; after
+    an import into another catalogue that may not be its number here.
+    """
+    vm_id = stored_vm_id(services, image)
+    element = xmldoc.copy(services.vm(image.vm_id).element)
+    xmldoc.put(element, "ID", vm_id)
+    return {"image": image.element, "vm": element}
+
+
+def stored_vm_id(services: Services, image: Image) -> int:
+    """The VM's number in the store."""
+    rows = services.store.backups(image_id=image.id)
+    return parse_manifest(rows[0].manifest).vm_id if rows and rows[0].manifest else image.vm_id
+
+
+def call_image(
+    services: Services, caller: Caller, action: str, image: Image, options: Mapping[str, str]
+) -> dict[str, str]:
+    """The answer of the driver of the datastore that keeps `image`."""
+    datastore = services.datastore(image.datastore_id)
+    return caller.datastore(action, datastore, options=options, **sections_for(services, image))
+
+
+def list_disks(services: Services, caller: Caller, image: Image, increment_id: int | None = None) -> Listing:
+    """The disks of a restore point with their pseudo-URLs."""
+    options = _increment_option(services, image, increment_id)
+    return Listing.from_xml(document(call_image(services, caller, "ls", image, options), "LISTING"))
+
+
+def plan_restore(
+    services: Services, caller: Caller, image: Image, increment_id: int | None, disk_id: int | None
+) -> RestorePlan:
+    """What it takes to restore the VM, or one of its disks."""
+    options = _increment_option(services, image, increment_id)
+    if disk_id is not None:
+        options["DISK_ID"] = str(disk_id)
+    root = document(call_image(services, caller, "restore", image, options), "PLAN")
+    try:
+        return RestorePlan.from_xml(root)
+    except InvalidInput as error:
+        raise DriverBug(f"PLAN: {error}") from error
+
+
+def _increment_option(services: Services, image: Image, increment_id: int | None) -> dict[str, str]:
+    """The option that names the increment; refuses those that cannot be restored."""
+    if not image.is_ready:
+        raise Conflict(f"image {image.id} is in state {image.state_name}: it cannot be read")
+    if not image.increments:
+        if increment_id not in {None, 0}:
+            raise InvalidInput(f"image {image.id} holds one full backup: it has no increment {increment_id}")
+        return {}
+    wanted = chain_to(image.increments, increment_id)[-1]
+    if services.store.backup(wanted.source).state is BackupState.REMOVING:
+        raise Conflict(f"increment {wanted.id} of image {image.id} is being removed")
+    return {"INCREMENT_ID": str(wanted.id)}
+
+
+def datastore_of_url(services: Services, datastore_id: int, scheme: str) -> Datastore:
+    """The datastore that a pseudo-URL names; `InvalidInput` if it is of another kind."""
+    datastore = services.datastore(datastore_id)
+    if datastore.ds_mad != scheme:
+        raise InvalidInput(
+            f"datastore {datastore_id} ({datastore.name}) has driver {datastore.ds_mad}, not {scheme}"
+        )
+    return datastore
