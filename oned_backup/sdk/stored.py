@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from blake3 import blake3
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 #: documents, NVRAM and TPM state have a few MB at most
 MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
+#: blake3 needs this much at a time to use several threads well
+_READ_BYTES = 8 * 1024 * 1024
+
+#: is told how many more bytes were read
+Advance: TypeAlias = Callable[[int], None]
 
 
 class Manifests:
@@ -87,64 +92,86 @@ def open_layer(stack: ExitStack, folder: Folder, manifest: Manifest, disk_id: in
     stored = stack.enter_context(folder.folder(manifest.id))
     blocks_path = None
     if blocks is not None:
-        read_checked_large(stored, blocks)
+        prove_file(stored, blocks)
         blocks_path = _pin(stack, stored, blocks)
     return Layer(path=_pin(stack, stored, file), blocks=blocks_path, name=f"{manifest.id}/{file.name}")
 
 
 def verify_backup(
-    stored: Folder, manifest: Manifest, *, percent: int | None, advance: Callable[[int], None]
+    stored: Folder, manifest: Manifest, *, percent: int | None, advance: Advance
 ) -> VerifiedBackup:
     """What was read of one backup, and every file that is damaged, absent, too short or foreign.
 
     `percent`: of the clusters of each disk file that has digests; None: everything.
-    `advance` is told the bytes of each file as it is done.
+    `advance` is told the bytes that were read since the last time.
     """
     failures: list[tuple[str, str]] = []
     read_bytes = 0
-    names = set(stored.names())
+
+    def count(size: int) -> None:
+        nonlocal read_bytes
+        read_bytes += size
+        advance(size)
+
     known = {MANIFEST, *(file.name for file in manifest.files)}
-    failures += [(name, "not in the manifest") for name in sorted(names - known)]
+    failures += [(name, "not in the manifest") for name in stored.names() if name not in known]
     for file in manifest.files:
         try:
-            with ExitStack() as stack:
-                read_bytes += _prove(stack, stored, manifest, file, percent)
+            blocks = manifest.file(file.name + BLOCKS_SUFFIX) if percent is not None else None
+            if percent is None or blocks is None or not _is_proved(stored, blocks):
+                prove_file(stored, file, count)
+            else:
+                _prove_sample(stored, file, blocks, percent, count)
         except DataCorrupt as error:
             failures.append((file.name, error.message))
-        advance(file.size_bytes)
     return VerifiedBackup(manifest.id, read_bytes, tuple(failures))
 
 
-def read_checked_large(stored: Folder, file: StoredFile) -> int:
-    """Read a file of any size and prove it; returns its size, `DataCorrupt` names the difference."""
+def prove_file(stored: Folder, file: StoredFile, advance: Advance = lambda _: None) -> None:
+    """Read a file of any size; `DataCorrupt` unless it is what the manifest says."""
     with damage():
         descriptor = stored.open_file(file.name)
     with os.fdopen(descriptor, "rb", buffering=0) as stream:
         _check_size(descriptor, file)
-        digest = blake3()
-        buffer = bytearray(1 << 20)
-        view = memoryview(buffer)
-        while count := stream.readinto(buffer):
-            digest.update(view[:count])
+        # What is still in the page cache proves nothing about the disk.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        digest = blake3(max_threads=blake3.AUTO)
+        view = memoryview(bytearray(min(_READ_BYTES, file.size_bytes + 1)))
+        while size := stream.readinto(view):
+            digest.update(view[:size])
+            advance(size)
     if digest.hexdigest() != file.blake3:
         raise DataCorrupt(f"{file.name}: checksum does not match the manifest")
-    return file.size_bytes
 
 
-def _prove(
-    stack: ExitStack, stored: Folder, manifest: Manifest, file: StoredFile, percent: int | None
-) -> int:
-    blocks = manifest.file(file.name + BLOCKS_SUFFIX)
-    if percent is None or blocks is None:
-        return read_checked_large(stored, file)
+def _is_proved(stored: Folder, blocks: StoredFile) -> bool:
+    try:
+        prove_file(stored, blocks)
+    except DataCorrupt:  # named when it is its turn
+        return False
+    return True
+
+
+def _prove_sample(
+    stored: Folder, file: StoredFile, blocks: StoredFile, percent: int, advance: Advance
+) -> None:
     from oned_backup.disk.scrub import verify_blocks  # noqa: PLC0415 - loads the data engine
 
-    path = _pin(stack, stored, file)
-    read_checked_large(stored, blocks)
-    failures = verify_blocks(path, _pin(stack, stored, blocks), percent)
+    with ExitStack() as stack:
+        path, digests = _pin(stack, stored, file), _pin(stack, stored, blocks)
+        last = 0
+
+        def progress(done: int, _total: int) -> None:
+            nonlocal last
+            advance(done - last)
+            last = done
+
+        failures = verify_blocks(path, digests, percent, progress=progress)
     if failures:
-        raise DataCorrupt(f"{file.name}: {'; '.join(map(str, failures[:8]))}")
-    return file.size_bytes * percent // 100
+        first = failures[0]
+        raise DataCorrupt(
+            f"{file.name}: {len(failures)} damaged ranges in the sample, the first at {first.offset}"
+        )
 
 
 def _pin(stack: ExitStack, stored: Folder, file: StoredFile) -> Path:

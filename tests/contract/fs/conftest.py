@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -277,7 +278,6 @@ class Chain:
     """A store with a full backup and two increments of one disk, and what each must restore to."""
 
     store: Store
-    disk: Disk
     expected: list[bytes]
 
 
@@ -287,28 +287,37 @@ def lab() -> SimpleNamespace:
     return SimpleNamespace(Disk=Disk, Store=Store, export=export, exports_of=exports_of, staged=staged)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    base = tmp_path / "store"
-    base.mkdir()
-    made = Store(base, tmp_path)
+def make_store(root: Path) -> Store:
+    made = Store(root / "store", root)
+    made.base.mkdir()
     made.source.mkdir()
     (made.source / "vm.xml").write_text("<VM><NAME>web</NAME></VM>")
     (made.source / "nvram.fd").write_bytes(os.urandom(3000))
     return made
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Disk:
-    made = Disk.create(tmp_path / "disk.qcow2", "20M")
+def make_disk(root: Path) -> Disk:
+    made = Disk.create(root / "disk.qcow2", "20M")
     made.write("write -P 1 0 3M", "write -P 2 5M 100k", "write -P 3 19900k 80k")
     return made
 
 
 @pytest.fixture
-def chain(store: Store, disk: Disk, tmp_path: Path) -> Chain:
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return make_disk(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    store, disk = make_store(root), make_disk(root)
     expected = []
-    changes = [
+    changes: list[tuple[str, ...]] = [
         (),
         ("write -P 9 1M 200k", "write -z 5M 64k", "write -P 4 10M 1k"),
         ("write -P 8 1100k 10k", "discard 2M 512k"),
@@ -322,5 +331,14 @@ def chain(store: Store, disk: Disk, tmp_path: Path) -> Chain:
             parent = store.chain[-1] if store.chain else ""
             store.backup(f"20260101-00000{number}-aaaaaa", exports_of(one, increment=number), parent=parent)
         disk.track(f"b{number}")
-        expected.append(disk.copy_raw(tmp_path / "copy.raw").read_bytes())
-    return Chain(store, disk, expected)
+        expected.append(disk.copy_raw(root / "copy.raw").read_bytes())
+    return Chain(store, expected)
+
+
+@pytest.fixture
+def chain(made_chain: Chain, tmp_path: Path) -> Chain:
+    """A copy to damage."""
+    for name in ("store", "source"):
+        shutil.copytree(made_chain.store.root / name, tmp_path / name)
+    store = Store(tmp_path / "store", tmp_path, chain=list(made_chain.store.chain))
+    return Chain(store, made_chain.expected)
