@@ -1,0 +1,220 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oned_backup import xmldoc
+from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
+from oned_backup.model.image import (
+    ImageState,
+    image_name,
+    new_image,
+    with_error,
+    with_increment,
+    with_name,
+    with_state,
+)
+from oned_backup.model.increments import (
+    Increment,
+    chain_to,
+    disk_chain,
+    expired_images,
+    next_increment,
+)
+from oned_backup.model.manifest import Manifest, ManifestDisk
+from oned_backup.model.selection import configure
+
+
+def _chain(*sources):
+    chain: list[Increment] = []
+    for number, source in enumerate(sources):
+        chain.append(next_increment(chain, date=number, size_mb=number + 1, source=source))
+    return tuple(chain)
+
+
+def _manifest(backup_id, *disks):
+    entries = tuple(
+        ManifestDisk(disk_id, f"vd{disk_id}", kind, "increment", f"disk.{disk_id}", parent, 1)
+        for disk_id, kind, parent in disks
+    )
+    return Manifest(backup_id, "c", "", 0, "FULL", 0, 7, "vm", "", entries, (), {})
+
+
+@pytest.fixture
+def image(vm, datastore):
+    def make(image_id=3, source="a", vm=vm):
+        return new_image(
+            image_id,
+            vm=vm,
+            datastore=datastore,
+            name=image_name(vm.id, 1_700_000_000),
+            source=source,
+            date=1_700_000_000,
+            size_mb=100,
+            disk_ids=[1, 0],
+            increment=next_increment((), date=1_700_000_000, size_mb=100, source=source),
+        )
+
+    return make
+
+
+def test_a_chain_begins_full_and_each_increment_names_the_one_before(image, assert_valid):
+    chain = _chain("a", "b", "c")
+
+    assert [(i.id, i.parent_id, i.type) for i in chain] == [
+        (0, -1, "FULL"),
+        (1, 0, "INCREMENT"),
+        (2, 1, "INCREMENT"),
+    ]
+    longer = with_increment(image(), chain[1], [2])
+    assert longer.increments[1] == chain[1]
+    assert (longer.size_mb, longer.disk_ids, longer.source) == (102, (0, 1, 2), "a")
+    assert longer.owner.uname == "oneadmin"
+    assert_valid(longer.element)
+
+
+def test_ids_go_on_after_the_oldest_were_merged():
+    merged = _chain("a", "b", "c")[1:]
+
+    assert next_increment(merged, date=9, size_mb=1, source="d").id == 3
+    with pytest.raises(Conflict, match="backup c is in the chain already"):
+        next_increment(merged, date=9, size_mb=1, source="c")
+
+
+def test_elements_of_others_in_the_chain_survive(image):
+    first = image()
+    first.element.find("BACKUP_INCREMENTS/INCREMENT").append(xmldoc.build("FUTURE", "x"))
+
+    longer = with_increment(first, _chain("a", "b")[1], [])
+
+    assert longer.element.findtext("BACKUP_INCREMENTS/INCREMENT/FUTURE") == "x"
+
+
+def test_a_wrong_type_is_an_error():
+    with pytest.raises(InvalidInput, match="INCREMENT/TYPE: 'HALF'"):
+        Increment.from_element(xmldoc.parse("<INCREMENT><ID>0</ID><TYPE>HALF</TYPE></INCREMENT>"))
+
+
+def test_a_full_backup_is_an_image_without_increments(vm, datastore, assert_valid):
+    full = new_image(
+        1,
+        vm=configure(vm, {"DISK_IDS": "0", "MODE": "FULL"}),
+        datastore=datastore,
+        name="7 14-Nov 22.13.20",
+        source="a",
+        date=5,
+        size_mb=3,
+        disk_ids=[0],
+    )
+
+    assert_valid(full.element)
+    assert (full.increments, full.has_selected_disks, full.size_mb) == ((), True, 3)
+    assert (full.vm_id, full.datastore_id, full.datastore_name) == (7, 100, "nas")
+    assert full.element.findtext("TYPE") == "6"
+    assert full.is_ready
+
+
+def test_names_are_opennebula_s_and_unique():
+    first = image_name(7, 1_700_000_000)
+
+    assert first == "7 14-Nov 22.13.20"
+    assert image_name(7, 1_700_000_000, {first}) == "7 14-Nov 22.13.20 (2)"
+    assert image_name(7, 1_700_000_000, {first, f"{first} (2)"}) == "7 14-Nov 22.13.20 (3)"
+
+
+def test_states_and_errors_are_shown(image, assert_valid):
+    failed = with_error(with_name(image(), "other"), "disk.0.0 is damaged")
+
+    assert (failed.state_name, failed.error, failed.is_ready) == ("ERROR", "disk.0.0 is damaged", False)
+    assert failed.element.findtext("PREV_STATE") == "1"
+    assert_valid(failed.element)
+
+
+def test_a_restore_reads_up_to_the_increment_that_is_asked_for():
+    chain = _chain("a", "b", "c")
+
+    assert chain_to(chain) == chain
+    assert chain_to(chain, 1) == chain[:2]
+    with pytest.raises(NotFound, match="no increment 7") as caught:
+        chain_to(chain, 7)
+    assert caught.value.hint == "There are 0, 1, 2."
+    with pytest.raises(NotFound):
+        chain_to(())
+
+
+def test_a_disk_s_chain_goes_back_to_its_own_last_full():
+    chain = _chain("a", "b", "c", "d")
+    manifests = {
+        "a": _manifest("a", (0, "FULL", ""), (1, "FULL", "")),
+        "b": _manifest("b", (0, "INCREMENT", "a"), (1, "FULL", "")),
+        "c": _manifest("c", (0, "INCREMENT", "b"), (1, "INCREMENT", "b"), (2, "FULL", "")),
+        "d": _manifest("d", (0, "FULL", ""), (2, "INCREMENT", "c")),
+    }
+
+    assert disk_chain(0, chain, manifests) == ((3, "d"),)
+    assert disk_chain(0, chain[:3], manifests) == ((0, "a"), (1, "b"), (2, "c"))
+    assert disk_chain(1, chain[:3], manifests) == ((1, "b"), (2, "c"))
+    assert disk_chain(2, chain, manifests) == ((2, "c"), (3, "d"))
+    with pytest.raises(NotFound, match="disk 1 is not in backup d"):
+        disk_chain(1, chain, manifests)
+
+
+@pytest.mark.parametrize(
+    ("manifests", "message"),
+    [
+        ({"c": _manifest("c", (0, "INCREMENT", "b"))}, "the manifest of backup b is missing"),
+        (
+            {"c": _manifest("c", (0, "INCREMENT", "x"))},
+            "backup c continues backup 'x', which is not before it",
+        ),
+        ({"c": _manifest("c", (0, "INCREMENT", "c"))}, "continues backup 'c', which is not before it"),
+        (
+            {"c": _manifest("c", (0, "INCREMENT", "b")), "b": _manifest("b")},
+            "is not in backup b, but continued",
+        ),
+    ],
+)
+def test_a_gap_is_damage_and_never_a_shorter_chain(manifests, message):
+    with pytest.raises(DataCorrupt, match=message):
+        disk_chain(0, _chain("a", "b", "c"), manifests)
+
+
+@given(st.lists(st.sampled_from(["FULL", "INCREMENT", "ABSENT"]), min_size=1, max_size=8))
+def test_a_disk_s_chain_is_one_full_and_then_only_increments(kinds):
+    chain = _chain(*(f"b{n}" for n in range(len(kinds))))
+    manifests = {}
+    last = None
+    for increment, wanted in zip(chain, kinds, strict=True):
+        kind = wanted if last is not None or wanted == "ABSENT" else "FULL"
+        disks = [] if kind == "ABSENT" else [(0, kind, last if kind == "INCREMENT" else "")]
+        manifests[increment.source] = _manifest(increment.source, *disks)
+        last = None if kind == "ABSENT" else increment.source
+    if last is None:
+        with pytest.raises(NotFound):
+            disk_chain(0, chain, manifests)
+        return
+    found = disk_chain(0, chain, manifests)
+
+    types = [manifests[source].disk(0).type for _, source in found]
+    assert types == ["FULL"] + ["INCREMENT"] * (len(found) - 1)
+    assert [n for n, _ in found] == list(range(chain[-1].id + 1 - len(found), chain[-1].id + 1))
+
+
+def test_keep_last_counts_images_and_spares_the_active_chain(image):
+    images = [image(n, str(n)) for n in (5, 2, 9, 7)]
+
+    def expired(keep, active=-1):
+        return [found.id for found in expired_images(images, keep, active)]
+
+    assert expired(0) == []
+    assert expired(4) == []
+    assert expired(2) == [2, 5]
+    assert expired(1, 2) == [5, 7]
+    assert expired(1, 9) == [2, 5, 7]
+
+
+def test_a_broken_image_does_not_push_out_a_good_one(image):
+    images = [image(1), image(2), with_error(image(3), "damaged"), with_state(image(4), ImageState.LOCKED)]
+
+    assert [found.id for found in expired_images(images, 2)] == []
+    assert [found.id for found in expired_images([*images, image(5)], 2)] == [1]
+    assert [found.id for found in expired_images([*images, image(5)], 1)] == [1, 2, 3, 4]
