@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +114,7 @@ class ChainReader:
                     result.add_bytes(piece.start, piece.end)
         return result
 
-    def stream(self, data: Spans) -> Iterator[Batch]:
+    def stream(self, data: Spans) -> Generator[Batch, None, None]:
         """These clusters in guest order; see `source.Source`."""
         return OrderedFill(batches(data), self._fill, threads=_THREADS).run()
 
@@ -164,12 +164,13 @@ class ChainReader:
     def _read_piece(self, piece: Piece, view: memoryview) -> None:
         for offset, length in self._stored[piece.layer].read_into(piece.host, view):
             start = piece.start + offset - piece.host
+            end = min(start + length, piece.end)
             if not self._salvage:
                 raise DataCorrupt(
-                    f"{self.layers[piece.layer].name}: guest bytes {start} to {start + length} "
+                    f"{self.layers[piece.layer].name}: guest bytes {start} to {end} "
                     f"(file offset {offset}) cannot be read or do not match their checksum"
                 )
-            self._give_up(start, start + length)
+            self._give_up(start, end)
 
     def _give_up(self, start: int, end: int) -> None:
         with self._lock:

@@ -7,7 +7,8 @@ in one pass or read at any offset, and after the pass its checksums are there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from types import TracebackType
 from typing import Self
 
@@ -46,6 +47,7 @@ class VirtualImage:
         self.layout = Layout(source.guest_bytes, data, zero)
         self._with_checksums = checksums
         self._checksums: Checksums | None = None
+        self._pass: Generator[memoryview, None, None] | None = None
         self._complete = False
 
     @property
@@ -68,25 +70,16 @@ class VirtualImage:
         """Size of the `.blocks` file that goes with it."""
         return blocks_size_bytes(self.size_bytes)
 
-    def chunks(self) -> Iterator[memoryview]:
+    def chunks(self) -> Generator[memoryview, None, None]:
         """The file's bytes in order; each view is valid until the next one is asked for.
 
         Begins a new pass: `blake3` and `blocks_bytes` are there when it has
         come to its end.
         """
-        self._drop_checksums()
-        checksums = self._checksums = Checksums() if self._with_checksums else None
-        for view in self._metadata():
-            if checksums:
-                checksums.feed(view)
-            yield view
-        for batch in self._source.stream(self.layout.data):
-            if checksums:
-                checksums.feed(batch.view, batch)
-            yield batch.view
-        if checksums:
-            checksums.finish()
-        self._complete = True
+        self._end_pass()
+        self._checksums = Checksums() if self._with_checksums else None
+        self._pass = self._run(self._checksums)
+        return self._pass
 
     def pread(self, offset: int, length: int) -> bytes:
         """Bytes at any offset, fewer at the end of the file; not during `chunks`."""
@@ -119,7 +112,7 @@ class VirtualImage:
 
     def close(self) -> None:
         """End any pass and let the source go."""
-        self._drop_checksums()
+        self._end_pass()
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -129,6 +122,20 @@ class VirtualImage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, checksums: Checksums | None) -> Generator[memoryview, None, None]:
+        for view in self._metadata():
+            if checksums:
+                checksums.feed(view)
+            yield view
+        with closing(self._source.stream(self.layout.data)) as stream:
+            for batch in stream:
+                if checksums:
+                    checksums.feed(batch.view, batch)
+                yield batch.view
+        if checksums:
+            checksums.finish()
+        self._complete = True
 
     def _metadata(self) -> Iterator[memoryview]:
         count = self.layout.metadata_clusters
@@ -141,8 +148,12 @@ class VirtualImage:
             raise RuntimeError("checksums are there only after a complete pass over chunks()")
         return self._checksums
 
-    def _drop_checksums(self) -> None:
+    def _end_pass(self) -> None:
         self._complete = False
+        if self._pass is not None:
+            # whoever iterates may have left in the middle: its threads end here
+            self._pass.close()
+            self._pass = None
         if self._checksums is not None:
             self._checksums.close()
             self._checksums = None

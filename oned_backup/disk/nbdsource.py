@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import nbd
 
@@ -24,6 +25,8 @@ from oned_backup.errors import NotFound, Unavailable
 BATCHES_IN_FLIGHT = 8
 #: how long `poll` may sleep before it looks whether the pass was given up
 _POLL_MS = 500
+#: how long a server may take to close a connection that we have ended
+_GOODBYE_S = 5.0
 
 
 class NbdSource:
@@ -69,7 +72,7 @@ class NbdSource:
                 raise Unavailable(f"{self._where}: the server tells nothing about the extent at {offset}")
         return survey.result()
 
-    def stream(self, data: Spans) -> Iterator[Batch]:
+    def stream(self, data: Spans) -> Generator[Batch, None, None]:
         """These clusters in guest order; see `source.Source`."""
         if self._streaming:
             raise RuntimeError("one pass over an export at a time")
@@ -108,10 +111,13 @@ class NbdSource:
 
     def close(self) -> None:
         """Leave politely: QEMU ends an export only when its last client has gone."""
-        if self._handle is not None and self._handle.aio_is_ready():
-            # a server that has gone already needs no good-bye
-            with contextlib.suppress(nbd.Error):
-                self._handle.shutdown()
+        handle = self._handle
+        if handle is not None and handle.aio_is_ready():
+            with contextlib.suppress(nbd.Error):  # a server that has gone needs no good-bye
+                handle.aio_disconnect()
+                deadline = time.monotonic() + _GOODBYE_S
+                while handle.aio_is_processing() and time.monotonic() < deadline:
+                    handle.poll(_POLL_MS)
         self.drop()
 
     def failed(self, what: str, error: nbd.Error) -> Unavailable:
@@ -147,7 +153,7 @@ class _Pump:
         self._order: deque[Batch] = deque()
         self._open: dict[Batch, int] = {}
 
-    def run(self) -> Iterator[Batch]:
+    def run(self) -> Generator[Batch, None, None]:
         """The batches in order; the thread ends with the generator."""
         thread = threading.Thread(target=self._work, name="nbd-reader", daemon=True)
         thread.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 from oned_backup.disk.buffers import Batch, Pool
@@ -34,7 +34,7 @@ class OrderedFill(Generic[Job]):
             for number in range(threads)
         ]
 
-    def run(self) -> Iterator[Batch]:
+    def run(self) -> Generator[Batch, None, None]:
         """The filled batches in order; each is let go when the next one is asked for."""
         for thread in self._threads:
             thread.start()

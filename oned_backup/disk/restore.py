@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,23 +73,25 @@ class _Reporter:
 
 def _write_image(image: VirtualImage, writer: Target, report: _Reporter) -> int:
     offset = 0
-    for chunk in image.chunks():
-        writer.write(offset, chunk)
-        offset += len(chunk)
-        if offset > image.layout.data_offset:
-            report.add(len(chunk))
+    with closing(image.chunks()) as chunks:
+        for chunk in chunks:
+            writer.write(offset, chunk)
+            offset += len(chunk)
+            if offset > image.layout.data_offset:
+                report.add(len(chunk))
     return offset
 
 
 def _write_raw(chain: ChainReader, data: Spans, writer: Target, report: _Reporter) -> int:
     position, written, end = 0, 0, chain.guest_bytes
-    for batch in chain.stream(data):
-        for part in batch.parts:
-            writer.zero(position, part.offset)
-            length = min(part.length, end - part.offset)
-            writer.write(part.offset, batch.view[part.position : part.position + length])
-            position = part.offset + length
-            written += length
-        report.add(len(batch.view))
+    with closing(chain.stream(data)) as stream:
+        for batch in stream:
+            for part in batch.parts:
+                writer.zero(position, part.offset)
+                length = min(part.length, end - part.offset)
+                writer.write(part.offset, batch.view[part.position : part.position + length])
+                position = part.offset + length
+                written += length
+            report.add(len(batch.view))
     writer.zero(position, end)
     return written

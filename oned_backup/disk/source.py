@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from oned_backup.disk.buffers import Batch
@@ -16,7 +16,7 @@ class Source(Protocol):
     def guest_bytes(self) -> int:
         """Virtual size."""
 
-    def stream(self, data: Spans) -> Iterator[Batch]:
+    def stream(self, data: Spans) -> Generator[Batch, None, None]:
         """These clusters in guest order; bytes beyond the end of the disk are zero.
 
         A batch is valid until the next one is asked for, or until the last of

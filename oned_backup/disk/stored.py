@@ -9,7 +9,19 @@ from xxhash import xxh3_128_digest
 
 from oned_backup.disk.blocks import DIGEST_BYTES, BlockFile
 from oned_backup.disk.spans import CLUSTER
-from oned_backup.errors import NotFound
+from oned_backup.errors import NotFound, PermissionDenied, Unavailable
+
+
+def open_stored(path: Path) -> int:
+    """A descriptor for reading; `NotFound`, `PermissionDenied` or `Unavailable`."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise PermissionDenied(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise Unavailable(f"{path}: {error.strerror}") from error
 
 
 class StoredFile:
@@ -17,10 +29,7 @@ class StoredFile:
 
     def __init__(self, path: Path, blocks: Path | None) -> None:
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise NotFound(f"{path}: no such file") from error
+        self._fd = open_stored(path)
         try:
             status = os.fstat(self._fd)
             self.identity = (status.st_dev, status.st_ino)
@@ -34,7 +43,8 @@ class StoredFile:
         """Fill `view` from `offset`; the ranges (offset, length) that cannot be proved, zero-filled.
 
         With checksums each whole block that the range touches is read and
-        compared; without them only what the file system fails to read is bad.
+        compared, and a bad range ends where its block ends, which may be beyond
+        the view; without them only what the file system fails to read is bad.
         """
         available = max(0, min(len(view), self.size_bytes - offset))
         bad = self._beyond(offset + available, view[available:])
@@ -63,8 +73,7 @@ class StoredFile:
         around = memoryview(bytearray(length))
         bad = self._read_proved(self._blocks, start, around)
         view[:] = around[shift : shift + len(view)]
-        end = offset + len(view)
-        cut = [(max(at, offset), min(at + count, end)) for at, count in bad]
+        cut = [(max(at, offset), at + count) for at, count in bad if at < offset + len(view)]
         return [(at, stop - at) for at, stop in cut if at < stop]
 
     def close(self) -> None:
@@ -87,7 +96,7 @@ class StoredFile:
                 start = index * CLUSTER
                 stop = min(start + CLUSTER, len(view))
                 view[start:stop] = bytes(stop - start)
-                bad = [*bad, (offset + start, stop - start)]
+                bad = [*bad, (offset + start, CLUSTER)]
         return bad
 
     def _read_plain(self, offset: int, view: memoryview) -> list[tuple[int, int]]:

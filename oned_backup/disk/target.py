@@ -193,6 +193,8 @@ def _explained(error: OSError, what: str) -> OnedBackupError:
         return NoSpace(f"{what}: {error.strerror}")
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return PermissionDenied(f"{what}: {error.strerror}")
+    if error.errno in {errno.EISDIR, errno.ENXIO}:
+        return InvalidInput(f"{what}: {error.strerror}")
     if error.errno in {errno.ENOENT, errno.ENOTDIR}:
         return NotFound(f"{what}: {error.strerror}")
     return Unavailable(f"{what}: {error.strerror}")
