@@ -329,6 +329,10 @@ class Guest:
         """Let them go on."""
         self._lookup().resume()
 
+    def is_paused(self) -> bool:
+        """Whether its processors are stopped."""
+        return bool(self._lookup().state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
     def is_active(self) -> bool:
         """Whether a QEMU runs for it."""
         return bool(self._lookup().isActive())
@@ -345,6 +349,35 @@ class Guest:
         """SIGKILL its QEMU: nothing is closed, nothing flushed."""
         os.kill(self.pid, signal.SIGKILL)
         wait_for("libvirt's notice of the guest's death", lambda: not self.is_active())
+
+    def has_backup_job(self) -> bool:
+        """Whether a backup job runs in its QEMU."""
+        try:
+            self._lookup().backupGetXMLDesc(0)
+        except libvirt.libvirtError:
+            return False
+        return True
+
+    def writable_disks(self) -> dict[str, LabDisk]:
+        """Its disks by target, without CD-ROMs and read-only ones."""
+        return {_target(i, disk): disk for i, disk in enumerate(self.disks) if not disk.read_only}
+
+    def push_copy(self, path: Path, timeout_s: float = 60) -> dict[str, Path]:
+        """Copies of its disks, made by QEMU itself through a push-mode job: `<path>-<target>`, qcow2."""
+        targets = self.writable_disks()
+        copies = {target: path.with_name(f"{path.name}-{target}") for target in targets}
+        disks = "".join(
+            f"<disk name='{target}' backup='yes' type='file'><driver type='qcow2'/>"
+            f"<target file={quoteattr(str(copy))}/></disk>"
+            for target, copy in copies.items()
+        )
+        others = {_target(i, disk) for i, disk in enumerate(self.disks)} - set(targets)
+        disks += "".join(f"<disk name='{target}' backup='no'/>" for target in others)
+        self._lookup().backupBegin(
+            f"<domainbackup mode='push'><disks>{disks}</disks></domainbackup>", None, 0
+        )
+        wait_for("end of the push-mode copy", lambda: not self.has_backup_job(), timeout_s)
+        return copies
 
     def attach(self, disk: LabDisk) -> None:
         """Plug in another disk, now and for the next start."""

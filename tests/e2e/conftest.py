@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from backed_up_vm import BackedUpVm
 from lab import Guest, LabDisk, Libvirtd, root_disk
 
 
@@ -50,3 +51,13 @@ def short_dir() -> Iterator[Path]:
     directory.chmod(0o711)
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def back_up(tmp_path: Path, short_dir: Path) -> Callable[[Guest], BackedUpVm]:
+    """Make a guest known as a VM that is backed up."""
+
+    def know(guest: Guest) -> BackedUpVm:
+        return BackedUpVm(guest, tmp_path, short_dir / "s")
+
+    return know
