@@ -1,8 +1,15 @@
 """What surrounds a driver's call: its environment variables and the files of its secrets.
 
 A driver in shell needs nothing else: besides the variables of the specification
-there is one for each option (ODB_OPT_URL, ODB_OPT_TARGET, …) and for the backup's
-place in its chain, so that it can leave the request on stdin unread.
+there is one for each option (ODB_OPT_URL, ODB_OPT_TARGET, …), for the backup's
+place in its chain and for its disks, so that it can leave the request on stdin
+unread:
+
+    ODB_CHAIN_ID, ODB_PARENT_ID, ODB_INCREMENT_ID    of the backup at hand
+    ODB_DISKS=0:disk.0.3:INCREMENT:8589934592,…      its disks: id, file, type, bytes of the disk
+    ODB_CHAIN=0:ID,1:ID                              of IMAGE, up to the increment that is meant;
+                                                     empty if IMAGE does not have that increment
+    ODB_IMAGES=2                                     how many images the catalogue has in this store
 """
 
 from __future__ import annotations
@@ -71,6 +78,10 @@ def action_environment(
         environment |= _of_image(request.image, request.options.get("INCREMENT_ID", ""))
     if request.backup is not None:
         environment |= _of_backup(request.backup)
+    if request.exports is not None:
+        environment["ODB_DISKS"] = ",".join(
+            f"{disk.disk_id}:{disk.file}:{disk.type}:{disk.size_bytes}" for disk in request.exports.disks
+        )
     for name, value in request.options.items():
         if len(value.encode()) <= _MAX_VALUE_BYTES and "\0" not in value:  # a document stays on stdin
             environment[f"ODB_OPT_{name}"] = value
@@ -98,13 +109,19 @@ def _of_image(image: xmldoc.Element, increment_id: str) -> dict[str, str]:
     ] or [(0, xmldoc.text(image, "SOURCE"))]
     wanted = int(increment_id) if increment_id.isdecimal() else max(number for number, _ in chain)
     listed = ",".join(f"{number}:{source}" for number, source in sorted(chain) if number <= wanted)
+    if wanted not in dict(chain):
+        listed = ""
     vm_id = xmldoc.text(image, "VMS/ID")
     return {"ODB_CHAIN": listed} | ({"ODB_VM_ID": vm_id} if vm_id else {})
 
 
 def _of_datastore(driver: Driver, datastore: xmldoc.Element) -> dict[str, str]:
     base_path = xmldoc.text(datastore, "TEMPLATE/BASE_PATH") or xmldoc.text(datastore, "BASE_PATH")
-    environment = {"ODB_DS_ID": xmldoc.text(datastore, "ID"), "ODB_DS_BASE_PATH": base_path}
+    environment = {
+        "ODB_DS_ID": xmldoc.text(datastore, "ID"),
+        "ODB_DS_BASE_PATH": base_path,
+        "ODB_IMAGES": str(len(datastore.findall("IMAGES/ID"))),
+    }
     for parameter in driver.manifest.parameters.values():
         value = xmldoc.text(datastore, f"TEMPLATE/{parameter.name}") or parameter.default
         if value and not parameter.secret and parameter.name not in {"ID", "BASE_PATH"}:

@@ -38,13 +38,17 @@ _CHUNK_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take. None for `deadline_s` or `inactivity_s`: no limit."""
+    """What a program may take. None for `deadline_s` or `inactivity_s`: no limit.
+
+    It is told to end by `stop_signal`, and killed `grace_s` later.
+    """
 
     deadline_s: float | None
     inactivity_s: float | None = None
     grace_s: float = 10
     drain_s: float = 2
     stdout_bytes: int = 64 * 1024 * 1024
+    stop_signal: signal.Signals = signal.SIGTERM
 
 
 class Cancellation:
@@ -229,7 +233,7 @@ class _Watch:
     def _end(self, why: Ending) -> None:
         if self._ending is Ending.EXITED and not self.exited:
             self._ending = why
-            _signal_group(self._process, signal.SIGTERM)
+            _signal_group(self._process, self._limits.stop_signal)
             self._next_step = time.monotonic() + self._limits.grace_s
 
     def _on_cancel(self) -> None:

@@ -178,6 +178,7 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
         "ODB_VM_ID": "7",
         "ODB_DS_ID": "103",
         "ODB_DS_BASE_PATH": "/srv/a b",
+        "ODB_IMAGES": "0",
         "ODB_DS_COLOUR": "green",
         "ODB_SOURCE_DIR": str(tmp_path),
         "ODB_TRANSFER": "stream",
