@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -149,8 +149,8 @@ class Journal:
             if connection.execute(query.limit(1)).first() is None:
                 return None
         with self._session.write() as connection:
-            found = map(_operation, connection.execute(query))
-            chosen = next((entry for entry in found if allowed is None or allowed(entry)), None)
+            with connection.execute(query) as rows:
+                chosen = _first_allowed(map(_operation, rows), allowed)
             if chosen is None:
                 return None
             connection.execute(
@@ -292,6 +292,18 @@ class Journal:
                 query = query.where(operations.c[name] == value)
         with self._session.read() as connection:
             return [_operation(row) for row in connection.execute(query)]
+
+
+def _first_allowed(
+    queued: Iterable[Operation], allowed: Callable[[Operation], bool] | None
+) -> Operation | None:
+    """The first that may run; operations of one lock keep their order even if the first must wait."""
+    waiting: set[str] = set()
+    for operation in queued:
+        if operation.lock not in waiting and (allowed is None or allowed(operation)):
+            return operation
+        waiting.add(operation.lock)
+    return None
 
 
 def _get(connection: sa.Connection, operation_id: str) -> Operation:
