@@ -97,9 +97,11 @@ class Database:
             self._writing.release()
 
     def close(self) -> None:
-        """Close all connections and let another process open the file."""
+        """Close all connections and let another process open the file; again is no error."""
         self._engine.dispose()
-        os.close(self._lock_fd)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
 
 def open_database(location: str | os.PathLike[str], now: Callable[[], float]) -> Database:

@@ -139,7 +139,7 @@ def _next_id(connection: sa.Connection, kind: str) -> int:
 
 def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, Any]:
     """The row's values that are taken from the document."""
-    if element.tag != kind.upper() or xmldoc.integer(element, "ID") != document_id:
+    if element.tag != kind.upper() or xmldoc.integer(element, "ID", -1) != document_id:
         found = f"{element.tag} {xmldoc.text(element, 'ID')}"
         raise InvalidInput(f"the document of {kind} {document_id} is {found}")
     columns: dict[str, Any] = dict.fromkeys(_SEARCHABLE)
