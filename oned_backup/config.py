@@ -30,30 +30,9 @@ from pydantic_settings import (
 )
 
 from oned_backup.errors import Misconfigured
+from oned_backup.places import SOCKET, default_run_dir, default_state_dir, settings_file
 
 _DAY_S = 86_400
-
-
-def default_config_file() -> Path:
-    """Where the settings lie if nobody says otherwise."""
-    if os.geteuid() == 0:
-        return Path("/etc/oned-backup/config.toml")
-    return _xdg("XDG_CONFIG_HOME", ".config") / "oned-backup/config.toml"
-
-
-def default_state_dir() -> Path:
-    """Root's is /var/lib/oned-backup."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/oned-backup")
-    return _xdg("XDG_STATE_HOME", ".local/state") / "oned-backup"
-
-
-def default_run_dir() -> Path:
-    """Root's is /run/oned-backup; without XDG_RUNTIME_DIR a user's lies in the state directory."""
-    if os.geteuid() == 0:
-        return Path("/run/oned-backup")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "oned-backup" if runtime else default_state_dir() / "run"
 
 
 def builtin_driver_dirs() -> tuple[Path, ...]:
@@ -61,11 +40,6 @@ def builtin_driver_dirs() -> tuple[Path, ...]:
     checkout = Path(__file__).resolve().parent.parent / "drivers"
     installed = Path(sys.prefix) / "share/oned-backup/drivers"
     return tuple(path for path in (checkout, installed) if path.is_dir())
-
-
-def _xdg(variable: str, default: str) -> Path:
-    value = os.environ.get(variable, "")
-    return Path(value) if value.startswith("/") else Path.home() / default
 
 
 class Deadlines(BaseModel):
@@ -133,12 +107,12 @@ class Settings(BaseSettings):
     @property
     def api_dir(self) -> Path:
         """0700: whoever can enter may talk to the daemon."""
-        return self.run_dir / "api"
+        return self.socket.parent
 
     @property
     def socket(self) -> Path:
         """The daemon's unix socket."""
-        return self.api_dir / "daemon.sock"
+        return self.run_dir / SOCKET
 
     @property
     def nbd_dir(self) -> Path:
@@ -185,13 +159,8 @@ def load_settings(path: Path | None = None) -> Loaded:
 
     A file that was named must exist; the default one need not.
     """
-    named = path or (Path(os.environ["ODB_CONFIG"]) if os.environ.get("ODB_CONFIG") else None)
-    file = named or default_config_file()
+    file = settings_file(path)
     exists = file.is_file()
-    if named is not None and not exists:
-        raise Misconfigured(
-            f"{named}: no such file", hint="Name the settings file with --config or ODB_CONFIG."
-        )
     bound = type("Settings", (Settings,), {"file": file if exists else None, "__doc__": Settings.__doc__})
     try:
         settings: Settings = bound()

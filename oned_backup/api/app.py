@@ -1,0 +1,366 @@
+"""The HTTP API of the daemon, for the command line and scripts: JSON over a unix socket.
+
+Errors are `{code, message, hint, exit_code}`. Whoever may enter the socket's
+directory (0700) may do everything; there are no users here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from oned_backup import __version__
+from oned_backup.api import views
+from oned_backup.api.limits import BodyLimit
+from oned_backup.daemon import requests
+from oned_backup.daemon.service import Service
+from oned_backup.errors import (
+    Busy,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    OnedBackupError,
+    PermissionDenied,
+    Unavailable,
+    Unsupported,
+)
+from oned_backup.model.datastore import Datastore
+from oned_backup.model.host import DEFAULT_URI, Host
+from oned_backup.model.image import Image
+from oned_backup.model.vm import Vm
+from oned_backup.operations import inventory
+from oned_backup.operations.services import query_caller, resolve
+from oned_backup.operations.stored import list_disks
+from oned_backup.store import OperationState
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1024 * 1024
+LONGEST_WAIT_S = 30.0
+_MOST_OPERATIONS = 1000
+
+_STATUS: tuple[tuple[type[OnedBackupError], int], ...] = (
+    (InvalidInput, 400),
+    (PermissionDenied, 403),
+    (NotFound, 404),
+    (Conflict, 409),
+    (Unsupported, 501),
+    (Busy, 503),
+    (Unavailable, 503),
+)
+
+_Values = Annotated[dict[str, Annotated[str, Field(max_length=65536)]], Field(max_length=256)]
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HostBody(_Body):
+    """A host to add."""
+
+    name: _Name
+    uri: str = Field(default=DEFAULT_URI, min_length=1, max_length=1024)
+    vmm: _Name = "kvm"
+    tm: _Name = "qcow2"
+
+
+class ImportBody(_Body):
+    """The domains to import."""
+
+    domains: list[_Name] = Field(default=[], max_length=10000)
+    all: bool = False
+
+
+class ConfigBody(_Body):
+    """BACKUP_CONFIG values."""
+
+    values: _Values
+
+
+class BackupBody(_Body):
+    """How to back up."""
+
+    datastore_id: int | None = None
+    reset: bool = False
+
+
+class DatastoreBody(_Body):
+    """A datastore to create."""
+
+    name: _Name
+    driver: _Name
+    values: _Values = {}
+
+
+class DatastoreChange(_Body):
+    """What to change of a datastore."""
+
+    name: _Name | None = None
+    values: _Values = {}
+
+
+class RestoreBody(_Body):
+    """What to restore, and where to."""
+
+    to: str = Field(min_length=1, max_length=4096)
+    increment_id: int | None = None
+    disk_id: int | None = None
+    name: _Name | None = None
+    no_nic: bool = False
+    no_ip: bool = False
+    format: str = "qcow2"
+    define_host_id: int | None = None
+    salvage: bool = False
+
+
+class VerifyBody(_Body):
+    """What to verify: all, up to an increment, or a share of it."""
+
+    increment_id: int | None = None
+    percent: int | None = Field(default=None, ge=1, le=100)
+
+
+class DownloadBody(_Body):
+    """The disk to download, and where to."""
+
+    url: str = Field(min_length=1, max_length=65536)
+    target: str = Field(min_length=1, max_length=4096)
+    format: str = "raw"
+    salvage: bool = False
+    overwrite: bool = False
+
+
+def _given(body: BaseModel) -> dict[str, Any]:
+    return body.model_dump(exclude_none=True)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The API over a started service."""
+    app = FastAPI(title="oned-backup", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    _add_error_handlers(app)
+    _add_general(app, service)
+    _add_hosts(app, service)
+    _add_vms(app, service)
+    _add_datastores(app, service)
+    _add_images(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def error_body(error: OnedBackupError) -> dict[str, Any]:
+    """An error as the API tells it."""
+    return {
+        "code": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint or "",
+        "exit_code": error.exit_code,
+    }
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(OnedBackupError)
+    def known(_request: Request, error: OnedBackupError) -> JSONResponse:
+        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+        return JSONResponse(error_body(error), status)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse(error_body(InvalidInput(f"{where}: {first['msg']}")), 400)
+
+    @app.exception_handler(HTTPException)
+    def unknown_path(_request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(NotFound(str(error.detail))), error.status_code)
+
+    @app.exception_handler(Exception)
+    def fault(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        text = f"internal error: {type(error).__name__}"
+        return JSONResponse(
+            error_body(OnedBackupError(text, hint="The daemon's log has the traceback.")), 500
+        )
+
+
+def _add_general(app: FastAPI, service: Service) -> None:
+    store = service.services.store
+
+    @app.get("/v1/status")
+    def status() -> Any:
+        journal = store.journal
+        return {
+            "version": __version__,
+            "installation": store.installation,
+            "started_at": service.started_at,
+            "recovered": service.recovered.is_set(),
+            "running": len(journal.list(state=OperationState.RUNNING)),
+            "queued": len(journal.list(state=OperationState.QUEUED)),
+            "state_dir": str(service.settings.state_dir),
+        }
+
+    @app.get("/v1/resolve")
+    def resolved(kind: str, ref: str) -> Any:
+        return {"id": resolve(store, kind, ref)}
+
+
+def _add_hosts(app: FastAPI, service: Service) -> None:
+    services = service.services
+
+    @app.get("/v1/hosts")
+    def hosts() -> Any:
+        return [views.host_row(Host(entry.element)) for entry in services.store.find("host")]
+
+    @app.post("/v1/hosts")
+    def add(body: HostBody) -> Any:
+        host = inventory.add_host(services, body.name, uri=body.uri, vm_mad=body.vmm, tm_mad=body.tm)
+        return views.host_row(host)
+
+    @app.get("/v1/hosts/{host_id}")
+    def show(host_id: int) -> Any:
+        error, found = None, []
+        try:
+            found = list(inventory.look_at_host(services, host_id))
+        except (Unavailable, Busy) as trouble:
+            error = error_body(trouble)
+        known = {Vm(entry.element).uuid: Vm(entry.element).id for entry in services.store.find("vm")}
+        domains = [
+            {"name": one.name, "uuid": one.uuid, "state": one.state.value, "vm_id": known.get(one.uuid)}
+            for one in found
+        ]
+        return {**views.host_row(services.host(host_id)), "domains": domains, "unreachable": error}
+
+    @app.delete("/v1/hosts/{host_id}")
+    def remove(host_id: int, *, force: bool = False) -> Any:
+        inventory.remove_host(services, host_id, force=force)
+        return {}
+
+    @app.post("/v1/hosts/{host_id}/import")
+    def import_vms(host_id: int, body: ImportBody) -> Any:
+        return inventory.import_vms(services, host_id, body.domains, every=body.all)
+
+
+def _add_vms(app: FastAPI, service: Service) -> None:
+    services = service.services
+
+    @app.get("/v1/vms")
+    def vms() -> Any:
+        return [views.vm_row(services.store, Vm(entry.element)) for entry in services.store.find("vm")]
+
+    @app.get("/v1/vms/{vm_id}")
+    def show(vm_id: int) -> Any:
+        return views.vm_view(services.store, services.vm(vm_id))
+
+    @app.patch("/v1/vms/{vm_id}/config")
+    def configure(vm_id: int, body: ConfigBody) -> Any:
+        vm, ended = inventory.configure_vm(services, vm_id, body.values)
+        return {**views.vm_view(services.store, vm), "chain_ended": ended}
+
+    @app.post("/v1/vms/{vm_id}/backup")
+    def backup(vm_id: int, body: BackupBody) -> Any:
+        return views.operation_view(service, requests.backup(service, vm_id, **_given(body)))
+
+    @app.post("/v1/vms/{vm_id}/backup-cancel")
+    def cancel(vm_id: int) -> Any:
+        return views.operation_view(service, requests.cancel_backup(service, vm_id))
+
+
+def _add_datastores(app: FastAPI, service: Service) -> None:
+    services = service.services
+
+    @app.get("/v1/datastores")
+    def datastores() -> Any:
+        return [views.datastore_row(Datastore(entry.element)) for entry in services.store.find("datastore")]
+
+    @app.post("/v1/datastores")
+    def create(body: DatastoreBody) -> Any:
+        return views.datastore_view(inventory.create_datastore(services, body.name, body.driver, body.values))
+
+    @app.get("/v1/datastores/{datastore_id}")
+    def show(datastore_id: int) -> Any:
+        return views.datastore_view(services.datastore(datastore_id))
+
+    @app.patch("/v1/datastores/{datastore_id}")
+    def update(datastore_id: int, body: DatastoreChange) -> Any:
+        return views.datastore_view(
+            inventory.update_datastore(services, datastore_id, body.values, name=body.name)
+        )
+
+    @app.delete("/v1/datastores/{datastore_id}")
+    def delete(datastore_id: int) -> Any:
+        inventory.delete_datastore(services, datastore_id)
+        return {}
+
+    @app.post("/v1/datastores/{datastore_id}/monitor")
+    def monitor(datastore_id: int) -> Any:
+        return views.datastore_view(inventory.measure(services, datastore_id))
+
+    @app.post("/v1/datastores/{datastore_id}/import")
+    def import_store(datastore_id: int) -> Any:
+        return views.operation_view(service, requests.import_store(service, datastore_id))
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    services = service.services
+
+    @app.get("/v1/images")
+    def images(vm_id: int | None = None) -> Any:
+        wanted = {} if vm_id is None else {"vm_id": vm_id}
+        found = services.store.find("image", **wanted)
+        return [views.image_row(services.store, Image(entry.element)) for entry in found]
+
+    @app.get("/v1/images/{image_id}")
+    def show(image_id: int) -> Any:
+        return views.image_view(services.store, services.image(image_id))
+
+    @app.get("/v1/images/{image_id}/disks")
+    def disks(image_id: int, increment_id: int | None = None) -> Any:
+        listing = list_disks(services, query_caller(services, "ls"), services.image(image_id), increment_id)
+        return [vars(disk) for disk in listing.disks]
+
+    @app.post("/v1/images/{image_id}/verify")
+    def verify(image_id: int, body: VerifyBody) -> Any:
+        return views.operation_view(service, requests.verify(service, image_id, _given(body)))
+
+    @app.post("/v1/images/{image_id}/restore")
+    def restore(image_id: int, body: RestoreBody) -> Any:
+        return views.operation_view(service, requests.restore(service, image_id, _given(body)))
+
+    @app.delete("/v1/images/{image_id}")
+    def delete(image_id: int) -> Any:
+        return views.operation_view(service, requests.delete(service, image_id))
+
+    @app.post("/v1/downloads")
+    def download(body: DownloadBody) -> Any:
+        return views.operation_view(service, requests.download(service, _given(body)))
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    journal = service.services.store.journal
+
+    @app.get("/v1/operations")
+    def operations(
+        limit: Annotated[int, Query(ge=1, le=_MOST_OPERATIONS)] = 50, state: OperationState | None = None
+    ) -> Any:
+        return [views.operation_row(entry) for entry in journal.list(state=state, limit=limit)]
+
+    @app.get("/v1/operations/{operation_id}")
+    def show(
+        operation_id: str, wait_s: Annotated[float, Query(ge=0, le=LONGEST_WAIT_S)] = 0, seen: int = 0
+    ) -> Any:
+        if wait_s:
+            operation, version = service.wait_for(operation_id, seen, wait_s)
+            return views.operation_view(service, operation, version=version)
+        return views.operation_view(service, journal.get(operation_id), steps=journal.steps(operation_id))
+
+    @app.post("/v1/operations/{operation_id}/cancel")
+    def cancel(operation_id: str) -> Any:
+        return views.operation_view(service, service.cancel(operation_id))

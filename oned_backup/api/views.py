@@ -1,0 +1,264 @@
+"""What the API shows: documents, restore points and operations put together for people and scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from oned_backup.daemon.progress import Progress
+from oned_backup.daemon.requests import waits_for
+from oned_backup.daemon.service import Service
+from oned_backup.errors import DataCorrupt
+from oned_backup.model.datastore import Datastore, masked
+from oned_backup.model.host import Host
+from oned_backup.model.image import Image
+from oned_backup.model.manifest import parse_manifest
+from oned_backup.model.selection import select_disks
+from oned_backup.model.views import to_json
+from oned_backup.model.vm import Vm
+from oned_backup.store import Backup, BackupState, Operation, Step, Store
+
+JSON = dict[str, Any]
+
+
+def host_row(host: Host) -> JSON:
+    """A host in a list."""
+    return {
+        "id": host.id,
+        "name": host.name,
+        "uri": host.uri,
+        "state": host.state_name,
+        "vmm": host.vm_mad,
+        "tm": host.tm_mad,
+        "vms": list(host.vm_ids),
+        "error": host.error,
+    }
+
+
+def vm_row(store: Store, vm: Vm) -> JSON:
+    """A VM in a list, with its last good backup and when one was last proved."""
+    points = store.backups(vm_id=vm.id)
+    good = max(
+        (point for point in points if point.state is BackupState.GOOD),
+        key=lambda point: point.stored_at,
+        default=None,
+    )
+    proved = [point.verified_at for point in points if point.verified_at is not None]
+    return {
+        "id": vm.id,
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "state": vm.state_name,
+        "host_id": vm.host_id,
+        "host": vm.host_name,
+        "mode": vm.config.mode.value,
+        "backups": len(points),
+        "last_backup": None if good is None else point_row(good),
+        "last_verified_at": max(proved, default=None),
+        "error": vm.error,
+    }
+
+
+def vm_view(store: Store, vm: Vm) -> JSON:
+    """A VM with its disks, each with whether it is backed up and why not, and its images."""
+    included, excluded = select_disks(vm)
+    disks = [(disk, True, "", "") for disk in included]
+    disks += [(entry.disk, False, entry.reason.value, entry.text) for entry in excluded]
+    config = vm.config
+    return {
+        **vm_row(store, vm),
+        "config": to_json(config.to_element()),
+        "chain": {"image_id": config.incremental_backup_id, "increment_id": config.last_increment_id}
+        if config.has_chain
+        else None,
+        "disks": [
+            {
+                "disk_id": disk.disk_id,
+                "target": disk.target,
+                "type": disk.type,
+                "format": disk.format,
+                "size_mb": disk.size_mb,
+                "source": disk.source,
+                "included": is_included,
+                "reason": reason,
+                "text": text,
+            }
+            for disk, is_included, reason, text in sorted(disks, key=lambda entry: entry[0].disk_id)
+        ],
+        "images": [image_row(store, Image(entry.element)) for entry in store.find("image", vm_id=vm.id)],
+        "operations": [operation_row(entry) for entry in store.journal.list(vm_id=vm.id, limit=5)],
+        "document": to_json(vm.element),
+    }
+
+
+def datastore_row(datastore: Datastore) -> JSON:
+    """A datastore in a list."""
+    return {
+        "id": datastore.id,
+        "name": datastore.name,
+        "driver": datastore.ds_mad,
+        "state": "READY" if datastore.is_enabled else "DISABLED",
+        "total_mb": datastore.total_mb,
+        "used_mb": datastore.used_mb,
+        "free_mb": datastore.free_mb,
+        "images": list(datastore.image_ids),
+        "base_path": datastore.base_path,
+        "error": datastore.disabled_reason,
+    }
+
+
+def datastore_view(datastore: Datastore) -> JSON:
+    """A datastore with its parameters; secret ones are not shown."""
+    shown = masked(datastore)
+    return {
+        **datastore_row(datastore),
+        "parameters": {name: shown.findtext(f"TEMPLATE/{name}", "") for name in datastore.parameters},
+        "document": to_json(shown),
+    }
+
+
+def image_row(store: Store, image: Image) -> JSON:
+    """An image in a list."""
+    points = store.backups(image_id=image.id)
+    states = {point.state for point in points}
+    proved = [point.verified_at for point in points if point.verified_at is not None]
+    return {
+        "id": image.id,
+        "name": image.name,
+        "vm_id": image.vm_id,
+        "datastore_id": image.datastore_id,
+        "datastore": image.datastore_name,
+        "state": "BROKEN" if BackupState.BROKEN in states and image.is_ready else image.state_name,
+        "type": "INCREMENT" if image.increments else "FULL",
+        "size_mb": image.size_mb,
+        "created_at": image.created,
+        "restore_points": len(points),
+        "verified_at": max(proved, default=None) if len(proved) == len(points) else None,
+        "error": image.error,
+    }
+
+
+def image_view(store: Store, image: Image) -> JSON:
+    """An image with every restore point: its disks with reason codes, freeze window, proof."""
+    points = store.backups(image_id=image.id)
+    sizes = {entry.source: entry.size_mb for entry in image.increments}
+    parents = {entry.source: entry.parent_id for entry in image.increments}
+    return {
+        **image_row(store, image),
+        "disk_ids": list(image.disk_ids),
+        "increments": [
+            {
+                **point_row(point),
+                "parent_id": parents.get(point.backup_id, -1),
+                "size_mb": sizes.get(point.backup_id, image.size_mb),
+                **_manifest_view(point),
+            }
+            for point in points
+        ],
+        "document": to_json(image.element),
+    }
+
+
+def point_row(point: Backup) -> JSON:
+    """A restore point."""
+    return {
+        "backup_id": point.backup_id,
+        "image_id": point.image_id,
+        "increment_id": point.increment_id,
+        "stored_at": point.stored_at,
+        "verified_at": point.verified_at,
+        "state": point.state.value,
+        "failure": point.failure,
+    }
+
+
+def _manifest_view(point: Backup) -> JSON:
+    try:
+        manifest = parse_manifest(point.manifest, what=f"backup {point.backup_id}")
+    except DataCorrupt as error:
+        return {
+            "type": "",
+            "date": point.stored_at,
+            "disks": [],
+            "excluded": [],
+            "manifest_error": str(error),
+        }
+    stored = {file.name: file.size_bytes for file in manifest.files}
+    return {
+        "type": manifest.type,
+        "date": manifest.date,
+        "freeze": manifest.raw.get("freeze", {}),
+        "disks": [
+            {
+                "disk_id": disk.disk_id,
+                "target": disk.target,
+                "type": disk.type,
+                "reason": disk.reason,
+                "text": disk.text,
+                "size_bytes": disk.size_bytes,
+                "stored_bytes": stored.get(disk.file, 0),
+            }
+            for disk in manifest.disks
+        ],
+        "excluded": list(manifest.raw.get("excluded", [])),
+    }
+
+
+def operation_row(operation: Operation) -> JSON:
+    """An operation in a list."""
+    return {
+        "id": operation.id,
+        "kind": operation.kind,
+        "state": operation.state.value,
+        "cancel_requested": operation.cancel_requested,
+        "vm_id": operation.vm_id,
+        "image_id": operation.image_id,
+        "datastore_id": operation.datastore_id,
+        "queued_at": operation.queued_at,
+        "started_at": operation.started_at,
+        "ended_at": operation.ended_at,
+        "error": json.loads(operation.error) if operation.error else None,
+    }
+
+
+def operation_view(
+    service: Service, operation: Operation, *, version: int = 0, steps: Sequence[Step] | None = None
+) -> JSON:
+    """An operation with its result and how far it is; `version` is what to pass when waiting for more."""
+    blocker = waits_for(service, operation)
+    view: JSON = {
+        **operation_row(operation),
+        "arguments": dict(operation.arguments),
+        "result": dict(operation.result),
+        "waits_for": None if blocker is None else operation_row(blocker),
+        "progress": _progress_view(service.board.get(operation.id)),
+        "version": version,
+    }
+    if steps is not None:
+        view["steps"] = [_step_view(step) for step in steps]
+    return view
+
+
+def _progress_view(progress: Progress | None) -> JSON | None:
+    if progress is None:
+        return None
+    return {
+        "step": progress.step,
+        "done_bytes": progress.done,
+        "total_bytes": progress.total,
+        "since": progress.since,
+        "log": list(progress.lines),
+    }
+
+
+def _step_view(step: Step) -> JSON:
+    return {
+        "number": step.number,
+        "name": step.name,
+        "state": step.state.value,
+        "attempt": step.data.get("attempt", 1),
+        "undoes": step.data.get("undoes"),
+        "started_at": step.started_at,
+        "ended_at": step.ended_at,
+    }

@@ -1,0 +1,94 @@
+"""The command line's end of the daemon's API. Only the standard library: a command starts quickly."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from oned_backup import errors
+from oned_backup.errors import DaemonUnreachable, OnedBackupError
+
+#: longer than the daemon's longest answer: a host that does not answer, and long polls
+_TIMEOUT_S = 120.0
+
+_CLASSES: dict[str, type[OnedBackupError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, OnedBackupError)
+}
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Client:
+    """Calls of the API; errors of the daemon are raised here as what they were there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get(self, path: str, **query: Any) -> Any:
+        """The answer to a GET."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._call("GET", f"/v1/{path}{f'?{urlencode(given)}' if given else ''}")
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer to a POST; values that are None are left out."""
+        return self._call("POST", f"/v1/{path}", body or {})
+
+    def patch(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer to a PATCH."""
+        return self._call("PATCH", f"/v1/{path}", body)
+
+    def delete(self, path: str) -> Any:
+        """The answer to a DELETE."""
+        return self._call("DELETE", f"/v1/{path}")
+
+    def resolve(self, kind: str, ref: str) -> int:
+        """The id of what a user names by id or name."""
+        if ref.isdecimal():
+            return int(ref)
+        return int(self.get("resolve", kind=kind, ref=ref)["id"])
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        connection = _UnixConnection(self._path)
+        content = None
+        if body is not None:
+            content = json.dumps({name: value for name, value in body.items() if value is not None})
+        try:
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        except PermissionError as error:
+            raise errors.PermissionDenied(
+                f"{self._path}: you may not talk to this daemon", hint="Run as the user that it runs as."
+            ) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise DaemonUnreachable(
+                f"no daemon answers at {self._path}: {getattr(error, 'strerror', None) or error}",
+                hint="Start it with `oned-backup serve`.",
+            ) from error
+        finally:
+            connection.close()
+        if response.status >= http.client.BAD_REQUEST:
+            raise error_from(answer)
+        return answer
+
+
+def error_from(body: Mapping[str, Any]) -> OnedBackupError:
+    """The error that the API or the journal describes."""
+    kind = _CLASSES.get(str(body.get("code")), OnedBackupError)
+    return kind(str(body.get("message", "unknown error")), hint=str(body.get("hint") or "") or None)

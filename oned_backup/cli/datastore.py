@@ -1,0 +1,122 @@
+"""The commands `oned-backup datastore`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from oned_backup.cli import follow, output
+from oned_backup.cli.session import Json, Wait, client, key_values
+
+app = typer.Typer(help="Where backups are kept.", no_args_is_help=True)
+
+_Ref = Annotated[str, typer.Argument(metavar="DATASTORE", help="Id or name.")]
+_Values = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="The driver's parameters.")]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="A name for the datastore.")],
+    values: _Values = None,
+    *,
+    driver: Annotated[str, typer.Option(help="Datastore driver; see `driver list`.")],
+    json: Json = False,
+) -> None:
+    """Create a datastore; it must be reachable."""
+    body = {"name": name, "driver": driver, "values": key_values(values or [])}
+    _print_one(client().post("datastores", body), as_json=json)
+
+
+@app.command("list")
+def list_datastores(*, json: Json = False) -> None:
+    """List the datastores, with their space as last measured."""
+    datastores = client().get("datastores")
+    if json:
+        output.print_json(datastores)
+        return
+    output.print_table(
+        ("ID>", "NAME", "DRIVER", "STATE", "IMAGES>", "SIZE>", "FREE>"),
+        [
+            (
+                one["id"],
+                one["name"],
+                one["driver"],
+                one["state"],
+                len(one["images"]),
+                output.size_mb(one["total_mb"]),
+                output.size_mb(one["free_mb"]),
+            )
+            for one in datastores
+        ],
+        empty="No datastores. Create one: oned-backup datastore create NAME --driver fs BASE_PATH=/…",
+    )
+
+
+@app.command()
+def show(ref: _Ref, *, json: Json = False) -> None:
+    """Show a datastore and its parameters (secret ones as ***)."""
+    api = client()
+    _print_one(api.get(f"datastores/{api.resolve('datastore', ref)}"), as_json=json)
+
+
+@app.command()
+def update(
+    ref: _Ref,
+    values: _Values = None,
+    *,
+    name: Annotated[str | None, typer.Option(help="A new name.")] = None,
+    json: Json = False,
+) -> None:
+    """Change parameters, and enable the datastore again; an empty value restores the default."""
+    api = client()
+    body = {"name": name, "values": key_values(values or [])}
+    _print_one(api.patch(f"datastores/{api.resolve('datastore', ref)}", body), as_json=json)
+
+
+@app.command()
+def delete(ref: _Ref) -> None:
+    """Forget a datastore that keeps no images; what lies in the store is not touched."""
+    api = client()
+    datastore_id = api.resolve("datastore", ref)
+    api.delete(f"datastores/{datastore_id}")
+    output.say(f"datastore {datastore_id} deleted")
+
+
+@app.command()
+def monitor(ref: _Ref, *, json: Json = False) -> None:
+    """Measure a datastore's space now."""
+    api = client()
+    _print_one(api.post(f"datastores/{api.resolve('datastore', ref)}/monitor"), as_json=json)
+
+
+@app.command("import")
+def import_store(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
+    """Enter the backups that a store holds into the catalogue; what is known stays as it is."""
+    api = client()
+    operation = api.post(f"datastores/{api.resolve('datastore', ref)}/import")
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_import)
+
+
+def _show_import(operation: Mapping[str, Any]) -> None:
+    found = operation["result"]
+    output.say(
+        f"{found['backups']} backups imported into {found['images']} images,"
+        f" {found['vms']} new VMs; {found['known']} backups were known"
+    )
+
+
+def _print_one(datastore: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(datastore)
+        return
+    output.print_fields(
+        [
+            *((name, datastore[name]) for name in ("id", "name", "driver", "state", "error")),
+            ("size", output.size_mb(datastore["total_mb"])),
+            ("free", output.size_mb(datastore["free_mb"])),
+            ("images", len(datastore["images"])),
+            *datastore["parameters"].items(),
+        ]
+    )

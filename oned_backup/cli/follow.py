@@ -1,0 +1,169 @@
+"""Wait for an operation, showing how far it is, and end as it ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from oned_backup.cli.client import Client, error_from
+from oned_backup.cli.output import duration, print_json, say, size, warn
+from oned_backup.errors import OnedBackupError, Salvaged
+
+#: no bar for what is over sooner
+_BAR_AFTER_S = 1.0
+_POLL_S = 20.0
+
+JSON = Mapping[str, Any]
+Show = Callable[[JSON], None]
+
+_WORDS = {
+    "PLAN": "planning",
+    "PREPARE": "freezing a view of the disks",
+    "STORE": "storing",
+    "RECORD": "recording",
+    "CLEAN": "cleaning up",
+    "DISCARD": "discarding",
+    "DOWNLOAD": "reading from the store",
+    "PLACE": "putting in place",
+    "DEFINE": "defining",
+    "READ": "re-reading",
+    "REMOVE": "removing",
+    "WAIT": "waiting to try again",
+}
+
+
+def conclude(client: Client, operation: JSON, *, wait: bool, as_json: bool, show: Show) -> None:
+    """Wait for the operation (or not) and tell how it ended; raises its error, or `Salvaged`."""
+    if not wait:
+        if as_json:
+            print_json(operation)
+        else:
+            say(operation["id"])
+        return
+    ended = follow(client, operation)
+    if as_json:
+        print_json(ended)
+    elif ended["state"] == "DONE":
+        show(ended)
+    for note in ended["result"].get("notes", ()):
+        if not as_json:
+            warn(f"note: {note}")
+    if ended["state"] != "DONE":
+        raise failure_of(ended)
+    salvaged = ended["result"].get("salvaged")
+    if salvaged:
+        raise Salvaged(
+            "; ".join(map(str, salvaged)), hint="Everything else was restored; the ranges named are zero."
+        )
+
+
+def follow(client: Client, operation: JSON, *, quiet: bool = False) -> JSON:
+    """The operation once it has ended. Interrupting the command leaves the operation running."""
+    try:
+        with _bar(quiet=quiet) as update:
+            view, version = operation, 0
+            while view["ended_at"] is None:
+                view = client.get(f"operations/{operation['id']}", wait_s=_POLL_S, seen=version)
+                version = view["version"]
+                update(view)
+            return view
+    except KeyboardInterrupt:
+        warn(f"{operation['kind']} {operation['id']} goes on in the daemon")
+        warn(f"  oned-backup operation show {operation['id']} --wait    oned-backup operation cancel …")
+        raise
+
+
+def failure_of(operation: JSON) -> OnedBackupError:
+    """The error of an operation that did not succeed."""
+    if operation["error"]:
+        return error_from(operation["error"])
+    if operation["state"] == "CANCELLED":
+        return error_from({"code": "Cancelled", "message": f"{operation['kind']} was cancelled"})
+    return OnedBackupError(f"{operation['kind']} {operation['id']} ended as {operation['state']}")
+
+
+def elapsed(operation: JSON) -> str:
+    """How long the operation ran."""
+    if operation["started_at"] is None or operation["ended_at"] is None:
+        return ""
+    return duration(operation["ended_at"] - operation["started_at"])
+
+
+@contextmanager
+def _bar(*, quiet: bool) -> Iterator[Callable[[JSON], None]]:
+    """A progress bar on stderr if that is a terminal and the work takes longer than a second."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _view: None
+        return
+    from rich.console import Console  # noqa: PLC0415 - loads slowly
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    began = time.monotonic()
+    task = progress.add_task("waiting", total=None)
+    started = False
+    step = ""
+
+    def update(view: JSON) -> None:
+        nonlocal started, step
+        if not started and time.monotonic() - began > _BAR_AFTER_S:
+            progress.start()
+            started = True
+        now = view.get("progress") or {}
+        if now.get("step") != step:
+            step = now.get("step", "")
+            progress.reset(task, total=None)
+        progress.update(
+            task,
+            description=_description(view, step),
+            completed=now.get("done_bytes", 0),
+            total=now.get("total_bytes") or None,
+        )
+
+    try:
+        yield update
+    finally:
+        if started:
+            progress.stop()
+
+
+def _description(view: JSON, step: str) -> str:
+    blocker = view.get("waits_for")
+    if blocker:
+        return f"waiting for {blocker['kind']} {blocker['id']}"
+    return f"{view['kind']}: {_WORDS.get(step, step.lower() or 'queued')}"
+
+
+def freeze_text(freeze: JSON) -> str:
+    """The freeze window in words."""
+    if not freeze or freeze.get("method", "NONE") == "NONE":
+        return "not frozen"
+    return f"frozen {freeze['window_ms']} ms ({freeze['method']})"
+
+
+def sizes_text(disks: list[dict[str, Any]]) -> str:
+    """The disks of a backup in words: `vda INCREMENT, vdb FULL (new-disk)`."""
+    return ", ".join(
+        f"{disk['target']} {disk['type']}"
+        + (f" ({disk['reason']})" if disk["type"] == "FULL" else "")
+        + (f" of {size(disk['size_bytes'])}" if "size_bytes" in disk else "")
+        for disk in disks
+    )

@@ -1,0 +1,253 @@
+"""The commands `oned-backup image`, and `download`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oned_backup.cli import follow, output
+from oned_backup.cli.session import Json, Wait, client
+from oned_backup.cli.vm import print_images
+
+app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
+
+_Id = Annotated[int, typer.Argument(metavar="IMAGE", help="Id of the image.")]
+_Increment = Annotated[int | None, typer.Option("--increment", help="Its id; the newest if absent.")]
+_Salvage = Annotated[
+    bool, typer.Option("--salvage", help="Fill what is damaged with zeros, list it, and exit with 79.")
+]
+_COPY_BYTES = 1024 * 1024
+
+
+@app.command("list")
+def list_images(*, json: Json = False) -> None:
+    """List the backup images."""
+    images = client().get("images")
+    if json:
+        output.print_json(images)
+    else:
+        print_images(images)
+
+
+@app.command()
+def show(image: _Id, *, json: Json = False) -> None:
+    """Show every restore point: its disks with reasons, freeze window, and whether it was verified."""
+    found = client().get(f"images/{image}")
+    if json:
+        output.print_json(found)
+        return
+    names = ("id", "name", "vm_id", "datastore", "state", "error")
+    output.print_fields(
+        [*((name, found[name]) for name in names), ("size", output.size_mb(found["size_mb"]))]
+    )
+    output.say("")
+    output.print_table(
+        ("INCR>", "TYPE", "DATE", "SIZE>", "FREEZE", "STATE", "VERIFIED"),
+        [
+            (
+                point["increment_id"],
+                point["type"],
+                output.when(point["date"]),
+                output.size_mb(point["size_mb"]),
+                _freeze(point.get("freeze") or {}),
+                point["state"],
+                output.when(point["verified_at"])[:16] or "never",
+            )
+            for point in found["increments"]
+        ],
+    )
+    output.say("")
+    output.print_table(
+        ("INCR>", "DISK>", "TARGET", "TYPE", "REASON", "SIZE>", "STORED>"),
+        [row for point in found["increments"] for row in _disk_rows(point)],
+    )
+    for point in found["increments"]:
+        if point["failure"]:
+            output.warn(f"increment {point['increment_id']}: {point['failure']}")
+
+
+def _freeze(freeze: Mapping[str, Any]) -> str:
+    return "" if freeze.get("method", "NONE") == "NONE" else f"{freeze['window_ms']} ms {freeze['method']}"
+
+
+def _disk_rows(point: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    stored = [
+        (
+            point["increment_id"],
+            disk["disk_id"],
+            disk["target"],
+            disk["type"],
+            disk["reason"],
+            output.size(disk["size_bytes"]),
+            output.size(disk["stored_bytes"]),
+        )
+        for disk in point["disks"]
+    ]
+    left_out = [
+        (point["increment_id"], disk["disk_id"], disk["target"], "excluded", disk["reason"], "", "")
+        for disk in point["excluded"]
+    ]
+    return stored + left_out
+
+
+@app.command()
+def ls(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
+    """List the disks of a restore point with the pseudo-URLs that `download` takes."""
+    disks = client().get(f"images/{image}/disks", increment_id=increment)
+    if json:
+        output.print_json(disks)
+        return
+    for disk in disks:
+        output.say(f"{disk['disk_id']}  {output.size(disk['size_bytes']):>9}  {disk['url']}")
+
+
+@app.command()
+def verify(
+    image: _Id,
+    increment: _Increment = None,
+    percent: Annotated[int | None, typer.Option(help="Only a random share of each file.")] = None,
+    *,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
+    """Re-read what is stored and compare all checksums."""
+    api = client()
+    operation = api.post(f"images/{image}/verify", {"increment_id": increment, "percent": percent})
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_verified)
+
+
+def _show_verified(operation: Mapping[str, Any]) -> None:
+    backups = operation["result"]["backups"]
+    read = sum(backup["read_bytes"] for backup in backups)
+    share = "" if operation["result"]["whole"] else " (a sample)"
+    output.say(
+        f"{len(backups)} backups whole: {output.size(read)} read in {follow.elapsed(operation)}{share}"
+    )
+
+
+@app.command()
+def delete(image: _Id, *, wait: Wait = True, json: Json = False) -> None:
+    """Delete an image with all its restore points."""
+    api = client()
+    operation = api.delete(f"images/{image}")
+    follow.conclude(
+        api, operation, wait=wait, as_json=json, show=lambda _ended: output.say(f"image {image} deleted")
+    )
+
+
+@app.command()
+def restore(
+    image: _Id,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory for the restored files.")],
+    increment: _Increment = None,
+    disk_id: Annotated[int | None, typer.Option("--disk-id", help="Only this disk.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new domain.")] = None,
+    define: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Define a domain over the files.")
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
+    no_nic: Annotated[bool, typer.Option("--no-nic", help="Without network interfaces.")] = False,
+    no_ip: Annotated[bool, typer.Option("--no-ip", help="With new MAC addresses.")] = False,
+    salvage: _Salvage = False,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
+    """Restore a VM, or one disk, to a directory; every byte is proved on the way."""
+    api = client()
+    body = {
+        "to": str(to.absolute()),
+        "increment_id": increment,
+        "disk_id": disk_id,
+        "name": name,
+        "no_nic": no_nic,
+        "no_ip": no_ip,
+        "format": image_format,
+        "define_host_id": None if define is None else api.resolve("host", define),
+        "salvage": salvage,
+    }
+    operation = api.post(f"images/{image}/restore", body)
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_restored)
+
+
+def _show_restored(operation: Mapping[str, Any]) -> None:
+    result = operation["result"]
+    output.say(f"increment {result['increment_id']} restored in {follow.elapsed(operation)}:")
+    for path in result["placed"]:
+        output.say(f"  {path}")
+    for dropped in result.get("dropped", ()):
+        output.say(f"  left out of the domain: {dropped}")
+    if "deploy_id" in result:
+        output.say(f"domain {result['deploy_id']} defined")
+
+
+def download(
+    url: Annotated[str, typer.Argument(help="Pseudo-URL of a disk; `image ls` prints them.")],
+    target: Annotated[str, typer.Argument(help="A file, a block device, or - for standard output.")],
+    image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "raw",
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file.")] = False,
+    salvage: _Salvage = False,
+    json: Json = False,
+) -> None:
+    """Restore one disk by its pseudo-URL to a file, a block device or standard output."""
+    body = {"url": url, "format": image_format, "overwrite": overwrite, "salvage": salvage}
+    if target == "-":
+        _download_to_stdout(body)
+        return
+    api = client()
+    operation = api.post("downloads", {**body, "target": str(Path(target).absolute())})
+    follow.conclude(api, operation, wait=True, as_json=json, show=_show_downloaded)
+
+
+def _show_downloaded(operation: Mapping[str, Any]) -> None:
+    output.say(f"{operation['result']['target']}: restored in {follow.elapsed(operation)}")
+
+
+def _download_to_stdout(body: Mapping[str, Any]) -> None:
+    """The daemon's driver writes into a FIFO of ours; what comes out goes to stdout."""
+    api = client()
+    directory = Path(tempfile.mkdtemp(prefix="oned-backup-"))
+    try:
+        fifo = directory / "stream"
+        os.mkfifo(fifo, 0o600)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        ended = threading.Event()
+        operation = api.post("downloads", {**body, "target": str(fifo)})
+        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended), daemon=True)
+        copier.start()
+        finished = follow.follow(api, operation, quiet=sys.stdout.isatty())
+        ended.set()
+        copier.join()
+        follow.conclude(api, finished, wait=True, as_json=False, show=lambda _view: None)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy_to_stdout(reader: int, ended: threading.Event) -> None:
+    """Copy until the writer has come and gone, or the operation has ended without one."""
+    import select  # noqa: PLC0415 - only here
+
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    try:
+        while True:
+            events = dict(poller.poll(100)).get(reader, 0)
+            if events & select.POLLIN:
+                view = memoryview(os.read(reader, _COPY_BYTES))
+                while view:
+                    view = view[os.write(sys.stdout.fileno(), view) :]
+            elif events & select.POLLHUP or ended.is_set():
+                return
+    except BrokenPipeError:
+        return
+    finally:
+        os.close(reader)

@@ -1,0 +1,91 @@
+"""Tables, sizes and times for people; JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_MIB = 1024 * 1024
+
+
+def print_json(value: Any) -> None:
+    """The value as JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    sys.stdout.write(f"{text}\n")
+
+
+def warn(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(f"{text}\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
+    """A table without lines; right-aligned where the name ends with `>`. Fits 80 columns by folding."""
+    from rich import box  # noqa: PLC0415 - loads slowly
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    if not rows:
+        if empty:
+            warn(empty)
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        right = name.endswith(">")
+        table.add_column(name.rstrip(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console = Console(soft_wrap=False, highlight=False)
+    if not sys.stdout.isatty():
+        console.width = max(80, console.width)
+    console.print(table)
+
+
+def print_fields(fields: Sequence[tuple[str, Any]]) -> None:
+    """`name  value` lines, aligned; those without a value are left out."""
+    shown = [(name, value) for name, value in fields if value not in {None, ""}]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        say(f"{name:<{width}}  {value}")
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: 1.5 GiB."""
+    if count is None:
+        return ""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    value = float(count)
+    for unit in units:
+        if abs(value) < 1024 or unit == units[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return ""
+
+
+def size_mb(count: float | None) -> str:
+    """Megabytes for people."""
+    return "" if count is None else size(count * _MIB)
+
+
+def when(seconds: float | None) -> str:
+    """A local time, empty for none."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def duration(seconds: float | None) -> str:
+    """A duration for people."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,91 @@
+"""The commands `oned-backup serve`, `doctor` and `config`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from oned_backup.cli import output
+from oned_backup.cli.session import Json, settings_file
+from oned_backup.errors import Misconfigured
+
+config_app = typer.Typer(help="Settings.", no_args_is_help=True)
+
+_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+
+
+def serve(
+    *,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what drivers say, too.")] = False,
+) -> None:
+    """Run the daemon in the foreground; SIGTERM ends it."""
+    import logging  # noqa: PLC0415 - the daemon's own weight, not every command's
+
+    from oned_backup.api.server import serve as serve_api  # noqa: PLC0415
+    from oned_backup.config import load_settings  # noqa: PLC0415
+    from oned_backup.daemon.service import Service, log_to  # noqa: PLC0415
+
+    log_to(logging.DEBUG if verbose else logging.INFO)
+    for name in ("alembic", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings = load_settings(settings_file()).settings
+    service = Service.open(settings)
+    logging.getLogger("oned_backup").info("listening on %s", settings.socket)
+    if not serve_api(service):
+        output.warn("some operations did not end in time: the next start brings them to an end")
+        sys.stderr.flush()
+        raise typer.Exit(1)
+
+
+def doctor(
+    uri: Annotated[str, typer.Option(help="The libvirt to look at.")] = "qemu:///system",
+    *,
+    json: Json = False,
+) -> None:
+    """Check what this machine needs, and say how to get what is missing. Works without a daemon."""
+    from oned_backup.cli.doctor import examine  # noqa: PLC0415 - loads slowly
+
+    checks = []
+    for check in examine(settings_file(), uri):
+        checks.append(check)
+        if not json:
+            output.say(f"{_MARKS[check.status]}  {check.name}: {check.text}")
+            if check.remedy and check.status != "ok":
+                output.say(f"      {check.remedy}")
+    if json:
+        output.print_json([vars(check) for check in checks])
+    failed = [check.name for check in checks if check.status == "fail"]
+    if failed:
+        raise Misconfigured(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+@config_app.command()
+def show(*, json: Json = False) -> None:
+    """Print the effective settings and where each comes from."""
+    from oned_backup.config import load_settings  # noqa: PLC0415 - loads slowly
+
+    loaded = load_settings(settings_file())
+    if json:
+        output.print_json(
+            {
+                "file": str(loaded.file),
+                "file_exists": loaded.file_exists,
+                "settings": {key: {"value": value, "from": origin} for key, value, origin in loaded.rows()},
+            }
+        )
+        return
+    output.say(f"# {loaded.file}{'' if loaded.file_exists else ' (not there: all defaults)'}")
+    for key, value, origin in loaded.rows():
+        output.say(f"{key} = {_toml(value):<32} # {origin}")
+
+
+def _toml(value: object) -> str:
+    if value is None:
+        return '""'
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,185 @@
+"""The commands `oned-backup vm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from oned_backup.cli import follow, output
+from oned_backup.cli.session import Json, Wait, client, key_values
+
+app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
+
+_Ref = Annotated[str, typer.Argument(metavar="VM", help="Id or name.")]
+
+
+@app.command("import")
+def import_vms(
+    host: Annotated[str, typer.Argument(help="Id or name of the host.")],
+    domains: Annotated[list[str] | None, typer.Argument(metavar="[DOMAIN]…", help="Names or UUIDs.")] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All domains of the host.")] = False,
+    json: Json = False,
+) -> None:
+    """Import domains of a host. Importing one again changes nothing."""
+    api = client()
+    body = {"domains": domains or [], "all": every}
+    found = api.post(f"hosts/{api.resolve('host', host)}/import", body)
+    if json:
+        output.print_json(found)
+        return
+    output.print_table(
+        ("ID>", "NAME", "STATE", "RESULT"),
+        [(vm["id"], vm["name"], vm["state"], vm["result"]) for vm in found],
+        empty="The host has no domains.",
+    )
+
+
+@app.command("list")
+def list_vms(*, json: Json = False) -> None:
+    """List the VMs: last good backup, and when a backup was last verified."""
+    vms = client().get("vms")
+    if json:
+        output.print_json(vms)
+        return
+    output.print_table(
+        ("ID>", "NAME", "STATE", "MODE", "BACKUPS>", "LAST GOOD", "VERIFIED"),
+        [
+            (
+                vm["id"],
+                vm["name"],
+                vm["state"],
+                vm["mode"],
+                vm["backups"],
+                _day(vm["last_backup"] and vm["last_backup"]["stored_at"]),
+                _day(vm["last_verified_at"]),
+            )
+            for vm in vms
+        ],
+        empty="No VMs. Import some: oned-backup vm import HOST --all",
+    )
+
+
+def _day(seconds: float | None) -> str:
+    return output.when(seconds)[5:16] or "never"
+
+
+@app.command()
+def show(ref: _Ref, *, json: Json = False) -> None:
+    """Show a VM: how it is backed up, its disks (and why one is left out), its backups."""
+    api = client()
+    vm = api.get(f"vms/{api.resolve('vm', ref)}")
+    if json:
+        output.print_json(vm)
+        return
+    chain = vm["chain"]
+    output.print_fields(
+        [
+            *((name, vm[name]) for name in ("id", "name", "uuid", "state", "host", "error")),
+            ("chain", f"image {chain['image_id']}, increment {chain['increment_id']}" if chain else "none"),
+            *((key, value) for key, value in vm["config"].items() if not key.endswith("_ID")),
+        ]
+    )
+    output.say("")
+    output.print_table(
+        ("DISK>", "TARGET", "FORMAT", "SIZE>", "BACKED UP", "SOURCE"),
+        [
+            (
+                disk["disk_id"],
+                disk["target"],
+                disk["format"],
+                output.size_mb(disk["size_mb"]),
+                "yes" if disk["included"] else f"no: {disk['reason']}",
+                disk["source"],
+            )
+            for disk in vm["disks"]
+        ],
+    )
+    if vm["images"]:
+        output.say("")
+        print_images(vm["images"])
+
+
+def print_images(images: list[dict[str, Any]]) -> None:
+    """The table of images."""
+    output.print_table(
+        ("ID>", "NAME", "VM>", "STORE", "STATE", "POINTS>", "SIZE>", "VERIFIED"),
+        [
+            (
+                image["id"],
+                image["name"],
+                image["vm_id"],
+                image["datastore"],
+                image["state"],
+                image["restore_points"],
+                output.size_mb(image["size_mb"]),
+                _day(image["verified_at"]),
+            )
+            for image in images
+        ],
+        empty="No backups. Make one: oned-backup vm backup VM",
+    )
+
+
+@app.command("set")
+def configure(
+    ref: _Ref,
+    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE…", help="MODE, KEEP_LAST, FS_FREEZE, …")],
+    *,
+    json: Json = False,
+) -> None:
+    """Change how a VM is backed up; an empty value restores the default."""
+    api = client()
+    vm = api.patch(f"vms/{api.resolve('vm', ref)}/config", {"values": key_values(values)})
+    if json:
+        output.print_json(vm)
+        return
+    output.print_fields(list(vm["config"].items()))
+    if vm["chain_ended"]:
+        output.warn("note: this ends the active chain: the next backup is a full one")
+
+
+@app.command()
+def backup(
+    ref: _Ref,
+    datastore: Annotated[str | None, typer.Option("-d", "--datastore", help="Id or name.")] = None,
+    *,
+    reset: Annotated[bool, typer.Option("--reset", help="Begin a new chain.")] = False,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
+    """Back up a VM, running or off."""
+    api = client()
+    body = {
+        "reset": reset,
+        "datastore_id": None if datastore is None else api.resolve("datastore", datastore),
+    }
+    operation = api.post(f"vms/{api.resolve('vm', ref)}/backup", body)
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_backup)
+
+
+def _show_backup(operation: Mapping[str, Any]) -> None:
+    result = operation["result"]
+    output.say(
+        f"VM {result['vm_id']}: image {result['image_id']}, increment {result['increment_id']}"
+        f" ({result['type']}, {output.size_mb(result['size_mb'])}) in {follow.elapsed(operation)},"
+        f" {follow.freeze_text(result.get('freeze', {}))}"
+    )
+    output.say(f"  disks: {follow.sizes_text(result['disks'])}")
+    for disk in result["excluded"]:
+        output.say(f"  not backed up: {disk['target']} ({disk['reason']})")
+
+
+@app.command("backup-cancel")
+def backup_cancel(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
+    """Cancel the backup of a VM that is under way."""
+    api = client()
+    operation = api.post(f"vms/{api.resolve('vm', ref)}/backup-cancel")
+    if wait:
+        operation = follow.follow(api, operation)
+    if json:
+        output.print_json(operation)
+    else:
+        output.say(f"backup {operation['id']}: {operation['state']}")

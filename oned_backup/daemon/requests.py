@@ -1,0 +1,124 @@
+"""What users may ask for: checked, and queued as operations with the right lock and host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from oned_backup.contract.url import parse_url
+from oned_backup.daemon.service import Service
+from oned_backup.errors import Conflict, NotFound
+from oned_backup.model.image import ImageState
+from oned_backup.model.vm import VmState
+from oned_backup.operations.kinds import datastore_lock, vm_lock
+from oned_backup.store import Operation, OperationState
+
+
+def backup(
+    service: Service, vm_id: int, *, datastore_id: int | None = None, reset: bool = False
+) -> Operation:
+    """Queue a backup of a VM; `Conflict` if one is queued or running."""
+    vm = service.services.vm(vm_id)
+    if vm.state == VmState.DONE or vm.host_id < 0:
+        raise Conflict(
+            f"VM {vm_id} ({vm.name}) is on no host", hint="Import its domain with `oned-backup vm import`."
+        )
+    if datastore_id is not None:
+        service.services.datastore(datastore_id)
+    other = _backup_of(service, vm_id)
+    if other is not None:
+        raise Conflict(
+            f"could not create a new backup for VM {vm_id}: {other.id} is {other.state}",
+            hint=f"Follow it with `oned-backup operation show {other.id} --wait`.",
+        )
+    arguments: dict[str, Any] = {"vm_id": vm_id, "host_id": vm.host_id, "reset": reset}
+    if datastore_id is not None:
+        arguments["datastore_id"] = datastore_id
+    return service.submit("backup", vm_lock(vm_id), arguments, vm_id=vm_id, datastore_id=datastore_id)
+
+
+def cancel_backup(service: Service, vm_id: int) -> Operation:
+    """Ask for the end of the VM's backup; `Conflict` if there is none."""
+    service.services.vm(vm_id)
+    running = _backup_of(service, vm_id)
+    if running is None:
+        raise Conflict(f"VM {vm_id}: no backup in progress")
+    return service.cancel(running.id)
+
+
+def restore(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
+    """Queue a restore of an image to a directory."""
+    image = service.services.image(image_id)
+    vm = service.services.vm(image.vm_id)
+    found: dict[str, Any] = {"image_id": image_id, **arguments}
+    host_id = found.get("define_host_id")
+    if host_id is not None:
+        host = service.services.host(host_id)
+        found |= {"host_id": host_id, "tm_mad": host.tm_mad}
+    elif vm.tm_mad:
+        found["tm_mad"] = vm.tm_mad
+    return service.submit("restore", vm_lock(image.vm_id), found, vm_id=image.vm_id, image_id=image_id)
+
+
+def delete(service: Service, image_id: int) -> Operation:
+    """Queue the removal of an image; `Conflict` while its VM is being backed up."""
+    image = service.services.image(image_id)
+    running = _backup_of(service, image.vm_id)
+    if running is not None and image.state != ImageState.DELETE:
+        raise Conflict(
+            f"image {image_id}: active backup {running.id} on VM {image.vm_id}",
+            hint="Wait till it is finished, or cancel it.",
+        )
+    arguments = {"image_id": image_id}
+    return service.submit("delete", vm_lock(image.vm_id), arguments, vm_id=image.vm_id, image_id=image_id)
+
+
+def verify(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
+    """Queue the verification of an image."""
+    image = service.services.image(image_id)
+    return service.submit(
+        "verify",
+        vm_lock(image.vm_id),
+        {"image_id": image_id, **arguments},
+        vm_id=image.vm_id,
+        image_id=image_id,
+    )
+
+
+def download(service: Service, arguments: Mapping[str, Any]) -> Operation:
+    """Queue the download of a disk by its pseudo-URL."""
+    url = parse_url(str(arguments["url"]))
+    service.services.datastore(url.datastore_id)
+    vm_id = _vm_of_backup(service, url.chain[-1][1])
+    lock = datastore_lock(url.datastore_id) if vm_id is None else vm_lock(vm_id)
+    return service.submit("download", lock, arguments, vm_id=vm_id, datastore_id=url.datastore_id)
+
+
+def import_store(service: Service, datastore_id: int) -> Operation:
+    """Queue the import of a store's backups into the catalogue."""
+    service.services.datastore(datastore_id)
+    arguments = {"datastore_id": datastore_id}
+    return service.submit("import", datastore_lock(datastore_id), arguments, datastore_id=datastore_id)
+
+
+def waits_for(service: Service, operation: Operation) -> Operation | None:
+    """The running operation that a queued one must wait for, None if it waits for a worker only."""
+    if operation.state is not OperationState.QUEUED:
+        return None
+    running = service.services.store.journal.list(state=OperationState.RUNNING)
+    return next((other for other in running if other.lock == operation.lock), None)
+
+
+def _backup_of(service: Service, vm_id: int) -> Operation | None:
+    for state in (OperationState.RUNNING, OperationState.QUEUED):
+        found = service.services.store.journal.list(state=state, kind="backup", vm_id=vm_id, limit=1)
+        if found:
+            return found[0]
+    return None
+
+
+def _vm_of_backup(service: Service, backup_id: str) -> int | None:
+    try:
+        return service.services.store.backup(backup_id).vm_id
+    except NotFound:
+        return None
