@@ -76,5 +76,7 @@ def gather_changes(host: LocalHost, layers: tuple[Image, ...], bitmap: str, merg
     top = layers[0].path
     qemu_img.add_bitmap(host, top, merged, records=False)
     for layer in layers:
-        qemu_img.merge_bitmap(host, top, merged, source=layer.path, source_name=bitmap)
+        qemu_img.merge_bitmap(
+            host, top, merged, source="" if layer is layers[0] else layer.path, source_name=bitmap
+        )
     return merged

@@ -60,13 +60,10 @@ def add_bitmap(host: LocalHost, path: str, name: str, *, records: bool = True) -
     _bitmap(host, path, ["--add", switch, "-f", "qcow2", "--", path, name])
 
 
-def merge_bitmap(host: LocalHost, path: str, name: str, *, source: str, source_name: str) -> None:
-    """Add to the bitmap `name` of `path` what the bitmap `source_name` of another image has."""
-    _bitmap(
-        host,
-        path,
-        ["--merge", source_name, "-F", "qcow2", "-b", source, "-f", "qcow2", "--", path, name],
-    )
+def merge_bitmap(host: LocalHost, path: str, name: str, *, source_name: str, source: str = "") -> None:
+    """Add to the bitmap `name` of `path` what `source_name` has, a bitmap of `source` or else of `path`."""
+    other = ["-F", "qcow2", "-b", source] if source else []
+    _bitmap(host, path, ["--merge", source_name, *other, "-f", "qcow2", "--", path, name])
 
 
 def remove_bitmap(host: LocalHost, path: str, name: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from oned_backup import xmldoc
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.domain import Domain
+from oned_backup.model.names import checked_name
 from oned_backup.transfer.task import Task
 
 VM_XML = "vm.xml"
@@ -52,7 +53,13 @@ def unpack_tpm(archive: bytes, directory: Path) -> None:
     directory.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     directory.mkdir(mode=0o700)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(directory, filter="data")
+        for entry in tar:
+            content = tar.extractfile(entry) if entry.isreg() else None
+            if content is None:
+                continue
+            path = directory.joinpath(*(checked_name(part, TPM) for part in entry.name.split("/")))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write(path, content.read())
 
 
 def _tar(task: Task, state: Path) -> bytes:

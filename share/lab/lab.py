@@ -25,7 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -222,8 +222,18 @@ class Guest:
         self.disks = list(disks)
         self.nvram = directory / f"{name}_VARS.fd" if uefi else None
         self._boot, self._agent, self._tpm, self._memory_mib = boot, agent, tpm, memory_mib
-        self.serial = directory / f"{name}.serial"
+        self.serial: Path | None = directory / f"{name}.serial"
         self.domain = libvirtd.connection.defineXML(self.xml())
+
+    @classmethod
+    def adopt(cls, libvirtd: Libvirtd, name: str) -> Self:
+        """A guest for a domain with an agent that somebody else has defined."""
+        guest = cls.__new__(cls)
+        guest.libvirtd, guest.name, guest.disks = libvirtd, name, []
+        guest.domain = libvirtd.connection.lookupByName(name)
+        guest.uuid = guest.domain.UUIDString()
+        guest.serial, guest._agent = None, True
+        return guest
 
     def xml(self) -> str:
         """The domain's definition."""
@@ -269,7 +279,8 @@ class Guest:
 
     def start(self) -> None:
         """Power on."""
-        self.serial.unlink(missing_ok=True)
+        if self.serial is not None:
+            self.serial.unlink(missing_ok=True)
         self._lookup().create()
 
     def wait_ready(self, timeout_s: float = 90) -> None:
@@ -379,6 +390,33 @@ class Guest:
         wait_for("end of the push-mode copy", lambda: not self.has_backup_job(), timeout_s)
         return copies
 
+    def commit(self, target: str, timeout_s: float = 60) -> None:
+        """Commit the overlay of a disk into the image below, and go on with that one."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+        self._lookup().blockCommit(target, None, None, 0, flags)
+
+        def is_ready() -> bool:
+            info = self._lookup().blockJobInfo(target)
+            return bool(info) and info["cur"] == info["end"]
+
+        wait_for("end of the commit", is_ready, timeout_s)
+
+        def has_pivoted() -> bool:
+            try:
+                self._lookup().blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                    raise
+                return False  # not synchronized yet
+            return True
+
+        wait_for("change to the image below", has_pivoted, timeout_s)
+
+    def use_disk(self, index: int, path: Path) -> None:
+        """Define the guest, which is off, with another image in the place of one of its disks."""
+        self.disks[index] = replace(self.disks[index], path=path)
+        self.domain = self.libvirtd.connection.defineXML(self.xml())
+
     def attach(self, disk: LabDisk) -> None:
         """Plug in another disk, now and for the next start."""
         xml = disk_xml(disk, _target(len(self.disks), disk))
@@ -407,7 +445,7 @@ class Guest:
         return self.libvirtd.connection.lookupByUUIDString(self.uuid)
 
     def _has_booted(self) -> bool:
-        return self.serial.exists() and b"LAB-GUEST READY" in self.serial.read_bytes()
+        return self.serial is None or self.serial.exists() and b"LAB-GUEST READY" in self.serial.read_bytes()
 
     def _agent_answers(self) -> bool:
         try:

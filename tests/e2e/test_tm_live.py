@@ -2,41 +2,296 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
-from backed_up_vm import BackedUpVm, new_file
-from lab import Guest, cdrom, data_disk, root_disk
+from backed_up_vm import INSTALLATION, BackedUpVm, RestorePoint, new_file
+from lab import Guest, Libvirtd, cdrom, data_disk, root_disk, wait_for
+
+from oned_backup import xmldoc
+from oned_backup.contract.request import Outcome
+from oned_backup.errors import Busy, OnedBackupError
+from oned_backup.hypervisor.backup_job import JobDisk, job_xml
 
 pytestmark = pytest.mark.guest
 
 BackUp = Callable[[Guest], BackedUpVm]
 
 
-def test_full_and_increments_of_two_disks_while_the_guest_writes_and_trims(
-    make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
-) -> None:
-    guest = make_guest([root_disk(tmp_path), data_disk(tmp_path, 64), cdrom()])
-    vm = back_up(guest)
+@pytest.fixture(scope="module")
+def shared_guest(libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """A running guest for the tests that leave it as it was: two qcow2 disks, a CD-ROM, a raw disk."""
+    directory = tmp_path_factory.mktemp("shared")
+    disks = [root_disk(directory), data_disk(directory, 64), cdrom()]
+    disks.append(data_disk(directory, 16, name="raw", disk_format="raw"))
+    guest = Guest(libvirtd, directory, "shared", disks)
+    guest.start()
+    guest.wait_ready()
+    yield guest
+    guest.destroy()
+
+
+@pytest.fixture
+def vm(shared_guest: Guest, back_up: BackUp) -> BackedUpVm:
+    return back_up(shared_guest)
+
+
+def test_chain_of_three_disks_while_the_guest_writes_and_trims(vm: BackedUpVm) -> None:
+    guest = vm.guest
     new_file(guest, "/data/vdb/a", 8)
 
     full = vm.backup(meanwhile=lambda: new_file(guest, "/data/vdb/b", 4))
-    assert {disk.type.value for disk in full.exports.disks} == {"FULL"}
-    assert full.reason("vda") == full.reason("vdb") == "first-backup"
+    assert {disk.target: disk.reason.value for disk in full.exports.disks} == {
+        "vda": "first-backup",
+        "vdb": "first-backup",
+        "vdd": "first-backup",
+    }
     assert full.excluded() == {"hdc": "cdrom"}
     assert full.exports.increment_id == 0
+    for target in ("vda", "vdb", "vdd"):
+        vm.assert_restores(target)
+
+    for number in (1, 2):
+        guest.shell(f"rm /data/vdb/a; fstrim /data/vdb; echo {number} >/root/x; sync")
+        new_file(guest, "/data/vdb/a", 3)
+        point = vm.backup(
+            meanwhile=lambda: guest.shell("rm /data/vdb/a; fstrim /data/vdb; touch /data/vdb/a")
+        )
+        assert point.reason("vda") == point.reason("vdb") == "increment"
+        assert point.reason("vdd") == "no-change-tracking"
+        assert point.exports.increment_id == number
+        assert (point.files / f"disk.1.{number}").stat().st_size < 8 << 20
+        for target in ("vda", "vdb", "vdd"):
+            vm.assert_restores(target)
+    assert vm.checkpoints() == [point.exports.checkpoint]
+
+
+def test_agent_freezes_and_thaws_within_the_window(vm: BackedUpVm) -> None:
+    guest = vm.guest
+    guest.shell(": >/run/fsfreeze.log")
+    point = vm.backup(fs_freeze="AGENT")
+    assert point.exports.freeze.method == "AGENT"
+    assert 0 < point.exports.freeze.window_ms < 10_000
+    assert point.exports.freeze.warning == ""
+    assert [line.split()[0] for line in guest.run("cat", "/run/fsfreeze.log").splitlines()] == [
+        "freeze",
+        "thaw",
+    ]
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+
+
+def test_suspended_for_the_instant_only(vm: BackedUpVm) -> None:
+    point = vm.backup(fs_freeze="SUSPEND")
+    assert point.exports.freeze.method == "SUSPEND"
+    assert not vm.guest.is_paused()
+
+
+@pytest.mark.parametrize("fs_freeze", ["SUSPEND", "AGENT"])
+def test_guest_that_was_paused_stays_paused(vm: BackedUpVm, fs_freeze: str) -> None:
+    vm.guest.suspend()
+    try:
+        point = vm.backup(fs_freeze=fs_freeze)
+        assert vm.guest.is_paused()
+        assert point.exports.freeze.method == "NONE"
+        assert "paused" in point.exports.freeze.warning
+    finally:
+        vm.guest.resume()
+
+
+def test_frozen_guest_is_thawed_when_the_job_cannot_begin(vm: BackedUpVm, tmp_path: Path) -> None:
+    guest = vm.guest
+    vm.backup()
+    guest.shell(": >/run/fsfreeze.log")
+    good, vm.socket_dir = vm.socket_dir, tmp_path / ("too-long-for-a-socket-" + "x" * 80)
+    with pytest.raises(OnedBackupError, match="backup of domain"):
+        vm.backup(fs_freeze="AGENT")
+    assert guest.run("cat", "/run/fsfreeze.log").split()[::2] == ["freeze", "thaw"]
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+    vm.assert_nothing_left("op-000000000001")
+    vm.socket_dir = good
+    assert vm.backup().reason("vda") == "increment"
+    vm.assert_restores("vda")
+
+
+def test_what_a_killed_pre_backup_left_is_removed_and_the_chain_goes_on(vm: BackedUpVm) -> None:
+    vm.backup()
+    backup = vm.next_backup()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    vm.tm("pre_backup_live", backup, files=lost, operation_id="op-00000000dead")
+    assert vm.guest.has_backup_job()
+    for _ in range(2):
+        vm.tm(
+            "post_backup_live",
+            backup,
+            files=lost,
+            operation_id="op-00000000dead",
+            outcome=Outcome.FAILURE,
+            KEEP_CHECKPOINT=vm.points[-1].exports.checkpoint,
+        )
+        vm.assert_nothing_left("op-00000000dead")
+    assert vm.checkpoints() == [vm.points[-1].exports.checkpoint]
+    new_file(vm.guest, "/root/y", 1)
+    assert vm.backup().reason("vda") == "increment"
+    vm.assert_restores("vda")
+
+
+def test_same_backup_id_again_after_nobody_cleaned_up(vm: BackedUpVm) -> None:
+    vm.backup()
+    backup = vm.next_backup()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    for _ in range(2):
+        answer = vm.tm("pre_backup_live", backup, files=lost, operation_id="op-00000000beef")
+        assert xmldoc.text(xmldoc.parse(answer["EXPORTS"]), "DISK/TYPE") == "INCREMENT"
+    vm.tm(
+        "post_backup_live",
+        backup,
+        files=lost,
+        operation_id="op-00000000beef",
+        outcome=Outcome.CANCELLED,
+        KEEP_CHECKPOINT=vm.points[-1].exports.checkpoint,
+    )
+    vm.assert_nothing_left("op-00000000beef")
+
+
+def test_checkpoints_and_jobs_of_others_are_not_touched(vm: BackedUpVm, tmp_path: Path) -> None:
+    domain = vm.guest.domain
+    disks = "<disks><disk name='vda' checkpoint='bitmap'/><disk name='vdd' checkpoint='no'/></disks>"
+    domain.checkpointCreateXML(f"<domaincheckpoint><name>theirs</name>{disks}</domaincheckpoint>", 0)
+    other = f"odb-{'f' * 8}-20260101-000000-000000"
+    domain.checkpointCreateXML(f"<domaincheckpoint><name>{other}</name>{disks}</domaincheckpoint>", 0)
+    try:
+        point = vm.backup()
+        assert vm.checkpoints() == sorted(["theirs", other, point.exports.checkpoint])
+
+        socket = vm.socket_dir.parent / "theirs.sock"
+        theirs = JobDisk("vda", tmp_path / "their.scratch")
+        socket = vm.socket_dir.parent / "theirs.sock"
+        domain.backupBegin(job_xml(socket, [theirs], ["vdb", "hdc", "vdd"]), None, 0)
+        with pytest.raises(Busy, match="somebody else"):
+            vm.backup(fs_freeze="AGENT")
+        vm.vmm("abort_backup", DOMAIN=vm.guest.uuid, SOCKET_DIR=str(vm.socket_dir))
+        assert vm.guest.has_backup_job()
+    finally:
+        if vm.guest.has_backup_job():
+            domain.abortJob()
+            wait_for("end of the foreign job", lambda: not vm.guest.has_backup_job())
+        for name in ("theirs", other):
+            domain.checkpointLookupByName(name).delete(0)
+
+
+def test_lost_metadata_is_redefined_and_a_lost_bitmap_makes_that_disk_full(vm: BackedUpVm) -> None:
+    point = vm.backup()
+    domain = vm.guest.domain
+    domain.checkpointLookupByName(point.exports.checkpoint).delete(
+        libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+    )
+    new_file(vm.guest, "/root/z", 1)
+    point = vm.backup()
+    assert point.reason("vda") == "increment"
+    vm.assert_restores("vda")
+
+    # the bitmap of one disk goes: redefine the checkpoint for that disk alone, and delete it
+    name = point.exports.checkpoint
+    domain.checkpointCreateXML(
+        f"<domaincheckpoint><name>{name}</name><creationTime>1</creationTime>"
+        f"<disks><disk name='vdb' checkpoint='bitmap' bitmap='{name}'/></disks></domaincheckpoint>",
+        libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE,
+    )
+    domain.checkpointLookupByName(name).delete(0)
+    new_file(vm.guest, "/data/vdb/z", 1)
+    point = vm.backup()
+    assert point.reason("vda") == "increment"
+    assert point.reason("vdb") == "bitmap-missing"
+    assert point.exports.increment_id == 2
     for target in ("vda", "vdb"):
         vm.assert_restores(target)
 
-    for round_ in range(2):
-        guest.shell(f"rm /data/vdb/a; fstrim /data/vdb; echo {round_} >/root/x; sync")
-        new_file(guest, "/data/vdb/a", 3)
-        point = vm.backup(
-            meanwhile=lambda: guest.shell("rm /data/vdb/a; fstrim -v /data/vdb; touch /data/vdb/a")
-        )
-        assert point.reason("vda") == point.reason("vdb") == "increment"
-        assert point.exports.increment_id == round_ + 1
-        for target in ("vda", "vdb"):
-            vm.assert_restores(target)
-    assert vm.checkpoints() == [point.exports.checkpoint]
+
+def test_staged_files_are_the_same_backup(vm: BackedUpVm) -> None:
+    vm.backup(transfer="staged")
+    new_file(vm.guest, "/root/staged", 1)
+    point = vm.backup(transfer="staged")
+    assert point.reason("vda") == "increment"
+    assert point.disk("vda").path == str(point.files / "disk.0.1")
+    assert point.disk("vda").nbd_socket == ""
+    for target in ("vda", "vdb", "vdd"):
+        vm.assert_restores(target)
+
+
+def test_disk_plugged_in_and_external_snapshot_in_mid_chain(
+    make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
+) -> None:
+    guest = make_guest()
+    vm = back_up(guest)
+    vm.backup()
+    guest.attach(data_disk(tmp_path, 16, name="late"))
+    point = vm.backup()
+    assert (point.reason("vda"), point.reason("vdb")) == ("increment", "new-disk")
+    assert point.exports.increment_id == 1
+    guest.shell("until [ -b /dev/vdb ]; do sleep 0.1; done; echo x >/dev/vdb; sync")
+    point = vm.backup()
+    assert (point.reason("vda"), point.reason("vdb")) == ("increment", "increment")
+
+    overlay = tmp_path / "overlay.qcow2"
+    guest.domain.snapshotCreateXML(
+        "<domainsnapshot><disks><disk name='vda' snapshot='external'>"
+        f"<source file='{overlay}'/></disk><disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    new_file(guest, "/root/on-overlay", 2)
+    point = vm.backup()
+    assert point.reason("vda") == "increment"
+    assert point.disk("vda").source == str(overlay)
+    assert point.disk("vda").backing == (str(tmp_path / "root.qcow2"),)
+    for target in ("vda", "vdb"):
+        vm.assert_restores(target)
+
+    guest.commit("vda")
+    new_file(guest, "/root/committed", 1)
+    point = vm.backup()
+    assert point.reason("vda") == "increment"
+    assert point.disk("vda").source == str(tmp_path / "root.qcow2")
+    vm.assert_restores("vda")
+
+
+@pytest.fixture
+def blank_guest(make_guest: Callable[..., Guest], tmp_path: Path) -> Guest:
+    """A running domain without an operating system and without an agent's channel."""
+    guest = make_guest([data_disk(tmp_path, 16)], start=False, boot="disk", agent=False)
+    guest.start()
+    return guest
+
+
+def test_guest_without_agent_is_backed_up_with_a_warning(blank_guest: Guest, back_up: BackUp) -> None:
+    vm = back_up(blank_guest)
+    point = vm.backup(fs_freeze="AGENT")
+    assert point.exports.freeze.method == "NONE"
+    assert "agent is not connected" in point.exports.freeze.warning
+    assert any("agent is not connected" in line for line in vm.log)
+
+
+def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) -> None:
+    vm = back_up(guest)
+    guest.shell("(sleep 0.2; killall -STOP qemu-ga) >/dev/null 2>&1 </dev/null &")
+    wait_for("hang of the agent", lambda: not guest._agent_answers())
+    point = vm.backup(fs_freeze="AGENT", FREEZE_TIMEOUT_S="2")
+    assert point.exports.freeze.method == "NONE"
+    assert "no freeze" in point.exports.freeze.warning
+    # what it was told meanwhile, it does when it goes on: freeze, then thaw
+    vm.vmm("thaw", DOMAIN=guest.uuid)
+
+
+def test_scratch_is_where_it_was_asked_for(blank_guest: Guest, back_up: BackUp, tmp_path: Path) -> None:
+    vm = back_up(blank_guest)
+    scratch = tmp_path / "scratch"
+    seen: list[str] = []
+    point: RestorePoint = vm.backup(
+        SCRATCH_DIR=str(scratch), meanwhile=lambda: seen.extend(path.name for path in scratch.iterdir())
+    )
+    assert seen == [".oned-backup-op-000000000000-vda.scratch"]
+    assert list(scratch.iterdir()) == []
+    assert point.exports.checkpoint.startswith(f"odb-{INSTALLATION}-")

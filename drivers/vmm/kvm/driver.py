@@ -8,7 +8,7 @@ from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unsupported
 from oned_backup.hypervisor import backup_job, freeze
 from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
-from oned_backup.hypervisor.domain import Domain, DomainDisk, disks, find_domain
+from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
 from oned_backup.hypervisor.host import LocalHost
 from oned_backup.hypervisor.qemu_img import backing_chain
 from oned_backup.model.host import Host
@@ -82,6 +82,11 @@ class Kvm(Driver):
             socket_dir = call.option("SOCKET_DIR", "")
             if socket_dir:
                 freeze.resume_if_noted(domain, Path(socket_dir))
+            if domain.state is not State.RUNNING:
+                call.warn(
+                    f"domain {domain.name} is {domain.state.lower()}: its agent cannot be asked to thaw"
+                )
+                return
             try:
                 freeze.thaw(domain, timeout_s=_THAW_TIMEOUT_S)
             except (AgentSilent, Unsupported) as error:  # hung, or the domain has none
