@@ -232,7 +232,7 @@ class Guest:
         guest.libvirtd, guest.name, guest.disks = libvirtd, name, []
         guest.domain = libvirtd.connection.lookupByName(name)
         guest.uuid = guest.domain.UUIDString()
-        guest.serial, guest._agent = None, True
+        guest.serial, guest._agent = None, True  # noqa: SLF001
         return guest
 
     def xml(self) -> str:
@@ -445,7 +445,9 @@ class Guest:
         return self.libvirtd.connection.lookupByUUIDString(self.uuid)
 
     def _has_booted(self) -> bool:
-        return self.serial is None or self.serial.exists() and b"LAB-GUEST READY" in self.serial.read_bytes()
+        return self.serial is None or (
+            self.serial.exists() and b"LAB-GUEST READY" in self.serial.read_bytes()
+        )
 
     def _agent_answers(self) -> bool:
         try:

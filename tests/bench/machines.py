@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import libvirt_qemu
 from lab import Guest, LabDisk, Libvirtd, root_disk
@@ -30,11 +32,7 @@ class Data:
 
     def clusters(self) -> list[int]:
         """The offsets of all clusters that hold data."""
-        return [
-            offset
-            for start, length in self.extents
-            for offset in range(start, start + length, CLUSTER)
-        ]
+        return [offset for start, length in self.extents for offset in range(start, start + length, CLUSTER)]
 
 
 def spread(virtual: int, allocated: int, seed: int) -> Data:
@@ -59,9 +57,7 @@ def build_disk(path: Path, data: Data, seed: int) -> None:
             for done in range(0, length, MIB):
                 piece = os.urandom(MIB) if number % 2 else bytes([done // MIB % 256]) + text[1:]
                 file.write(piece[: min(MIB, length - done)])
-    subprocess.run(
-        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-W", str(raw), str(path)], check=True
-    )
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-W", str(raw), str(path)], check=True)
     raw.unlink()
 
 
@@ -71,9 +67,7 @@ class Machine:
     def __init__(self, libvirtd: Libvirtd, directory: Path, name: str, template: Path) -> None:
         directory.mkdir()
         self.disk = directory / "data.qcow2"
-        subprocess.run(
-            ["cp", "--reflink=auto", "--", str(template), str(self.disk)], check=True
-        )
+        subprocess.run(["cp", "--reflink=auto", "--", str(template), str(self.disk)], check=True)
         self.name = name
         self.directory = directory
         self.guest = Guest(libvirtd, directory, name, [root_disk(directory), LabDisk(self.disk)])
@@ -81,7 +75,7 @@ class Machine:
         self.guest.wait_ready()
 
     @property
-    def domain(self) -> object:
+    def domain(self) -> Any:
         """Libvirt's handle."""
         return self.guest.libvirtd.connection.lookupByName(self.name)
 
@@ -97,6 +91,11 @@ class Machine:
             if complaint.strip():
                 raise RuntimeError(f"write at {offset}: {complaint}")
         return len(chosen) * CLUSTER
+
+    def remove(self) -> None:
+        """End the guest and delete its disks."""
+        self.guest.destroy()
+        shutil.rmtree(self.directory)
 
     def _device(self) -> str:
         """QEMU's name for the device that the measured disk belongs to."""

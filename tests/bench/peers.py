@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,19 +28,20 @@ class Push:
     """Libvirt's push mode: QEMU itself writes a qcow2. Checkpoints `bench-N` link the increments."""
 
     def __init__(self, machine: Machine, directory: Path) -> None:
-        self._machine, self._directory, self._number = machine, directory, 0
+        self._machine, self.directory, self._number = machine, directory, 0
         directory.mkdir(exist_ok=True)
 
     def run(self, *, full: bool) -> tuple[float, Path]:
         """Seconds from the start of the job until it ended and its file is durable."""
         domain = self._machine.domain
-        target = self._directory / f"push.{self._number}"
+        target = self.directory / f"push.{self._number}"
         target.unlink(missing_ok=True)
         previous = f"bench-{self._number - 1}"
         incremental = "" if full else f"<incremental>{previous}</incremental>"
         backup = f"""<domainbackup mode='push'>{incremental}<disks>
             <disk name='vda' backup='no'/>
-            <disk name='vdb' backup='yes' type='file'><driver type='qcow2'/><target file='{target}'/></disk>
+            <disk name='vdb' backup='yes' type='file'>
+              <driver type='qcow2'/><target file='{target}'/></disk>
           </disks></domainbackup>"""
         checkpoint = f"""<domaincheckpoint><name>bench-{self._number}</name><disks>
             <disk name='vda' checkpoint='no'/><disk name='vdb' checkpoint='bitmap'/></disks></domaincheckpoint>"""
@@ -79,7 +81,19 @@ class VirtNbdBackup:
     def restore(self, target: Path) -> float:
         """Seconds to restore everything that was backed up to a qcow2."""
         shutil.rmtree(target, ignore_errors=True)
-        return timed(["virtnbdrestore", "-U", self._machine.guest.uri, "-a", "restore", "-i", str(self.directory), "-o", str(target)])
+        return timed(
+            [
+                "virtnbdrestore",
+                "-U",
+                self._machine.guest.uri,
+                "-a",
+                "restore",
+                "-i",
+                str(self.directory),
+                "-o",
+                str(target),
+            ]
+        )
 
     def _forget_checkpoints(self) -> None:
         for checkpoint in self._machine.domain.listAllCheckpoints():
@@ -96,6 +110,23 @@ def convert_chain(files: list[Path], target: Path) -> float:
         if chain is not None:
             node["backing"] = chain
         chain = node
-    import json  # noqa: PLC0415
+    return timed(
+        ["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", f"json:{json.dumps(chain)}", str(target)]
+    )
 
-    return timed(["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", f"json:{json.dumps(chain)}", str(target)])
+
+def copy_file(source: Path, target: Path) -> float:
+    """Seconds for cp to copy the same bytes, without a reflink, and make them durable."""
+    target.unlink(missing_ok=True)
+    started = time.monotonic()
+    timed(["cp", "--reflink=never", "--", str(source), str(target)])
+    timed(["sync", str(target)])
+    return time.monotonic() - started
+
+
+def nbdcopy(source: Path, target: Path) -> float:
+    """Seconds for nbdcopy to copy the disk, served by qemu-nbd, to a raw file."""
+    target.unlink(missing_ok=True)
+    return timed(
+        ["nbdcopy", "--flush", "--", "[", "qemu-nbd", "-r", "-f", "qcow2", str(source), "]", str(target)]
+    )
