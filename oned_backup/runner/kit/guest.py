@@ -88,15 +88,15 @@ def _make_disk(
     _run("qemu-img", "create", "-q", "-f", "qcow2", live, size)
     made: list[Disk] = []
     for number, commands in enumerate(steps):
-        stem = directory / f"disk.{disk_id}.point{number}"
+        stem = f"disk{disk_id}-point{number}"
         disk = Disk(
             disk_id,
             size,
             BackupType.FULL if number == 0 or number in fulls else BackupType.INCREMENT,
-            image=stem.with_suffix(".qcow2"),
+            image=directory / f"{stem}.qcow2",
             bitmap=f"since{number - 1}",
-            staged=stem.with_suffix(".staged"),
-            reference=stem.with_suffix(".raw"),
+            staged=directory / f"{stem}.staged",
+            reference=directory / f"{stem}.raw",
         )
         _write(live, commands)
         if number > 0:
