@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from oned_backup.disk.writeback import WriteBehind
 from oned_backup.errors import InvalidInput, NoSpace, NotFound, OnedBackupError, PermissionDenied, Unavailable
 
 _BLKGETSIZE64 = 0x80081272
@@ -58,12 +59,14 @@ class Target:
     def __init__(self, fd: int, what: str) -> None:
         self._fd = fd
         self._what = what
+        self._behind = WriteBehind(fd)
 
     def write(self, offset: int, view: memoryview) -> None:
         """These bytes at that offset."""
         try:
             while view:
                 count = os.pwrite(self._fd, view, offset)
+                self._behind.wrote(offset, count)
                 view = view[count:]
                 offset += count
         except OSError as error:
