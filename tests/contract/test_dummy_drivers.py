@@ -1,0 +1,143 @@
+"""The dummy hypervisor: a backup and its restore without libvirt, QEMU or NBD."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oned_backup import xmldoc
+from oned_backup.contract.actions import Kind
+from oned_backup.contract.exports import Exports
+from oned_backup.contract.request import Backup, Outcome, Request
+from oned_backup.disk.chain import Layer
+from oned_backup.disk.restore import restore_chain
+from oned_backup.errors import Busy, DriverFailed, NotFound, Unavailable
+from oned_backup.hypervisor.dummy import DummyDomain, DummyHost
+from oned_backup.model.backup_config import BackupConfig, FsFreeze
+from oned_backup.model.host import new_host
+from oned_backup.model.vm import DomainState, Vm, new_vm
+from oned_backup.runner.drivers import find_driver
+from oned_backup.runner.run import Invocation, Limits, run_action
+
+DRIVERS = Path(__file__).parents[2] / "drivers"
+MIB = 1 << 20
+
+
+class Lab:
+    """One dummy host, and its drivers run as the daemon runs them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.host = new_host(0, name="sim", uri=f"dummy://{directory}/host", vm_mad="dummy", tm_mad="dummy")
+        self.hypervisor = DummyHost(self.host.uri)
+        (directory / "files").mkdir()
+
+    def vmm(self, action: str, **options: str) -> dict[str, str]:
+        request = Request(Kind.VMM, "op-0123456789ab", action, host=self.host.element, options=options)
+        return self._run(Kind.VMM, action, request)
+
+    def tm(
+        self, action: str, vm: Vm | None, *, outcome: Outcome | None = None, **options: str
+    ) -> dict[str, str]:
+        request = Request(
+            Kind.TM,
+            "op-0123456789ab",
+            "backup",
+            outcome=outcome,
+            backup=Backup("b1", "b1", 0, 0),
+            host=self.host.element,
+            vm=vm.element if vm else None,
+            options=options,
+        )
+        return self._run(Kind.TM, action, request)
+
+    def document(self, domain: DummyDomain) -> Vm:
+        answer = self.vmm("dump_xml", DOMAIN=domain.uuid)
+        sizes = dict(item.split(":") for item in answer["CAPACITY"].split(","))
+        return new_vm(
+            1,
+            name=domain.name,
+            placement=self.host.placement,
+            domain=xmldoc.parse(answer["DOMAIN"]),
+            state=DomainState(answer["STATE"]),
+            capacity_bytes={target: int(size) for target, size in sizes.items()},
+            date=0,
+            config=BackupConfig(fs_freeze=FsFreeze.AGENT),
+        )
+
+    def _run(self, kind: Kind, action: str, request: Request) -> dict[str, str]:
+        driver = find_driver([DRIVERS], kind, "dummy")
+        invocation = Invocation(self.directory, source_dir=self.directory / "files", transfer="staged")
+        return run_action(driver, action, request, invocation, limits=Limits(deadline_s=60))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def test_staged_disks_restore_to_what_they_were(lab: Lab, tmp_path: Path) -> None:
+    domain = lab.hypervisor.create("sim-1", {"vda": 10 * MIB + 1000, "vdb": 0})
+    source = Path(domain.disks[0].source)
+    with source.open("r+b") as file:
+        file.seek(3 * MIB + 5)
+        file.write(b"data" * 50_000)
+        file.seek(10 * MIB + 990)
+        file.write(b"at the end")
+    exports = Exports.from_xml(
+        xmldoc.parse(lab.tm("pre_backup_live", lab.document(domain), FULL_REASON="reset")["EXPORTS"])
+    )
+    assert [disk.reason.value for disk in exports.disks] == ["reset", "reset"]
+    assert exports.freeze.method == "AGENT"
+    for disk in exports.disks:
+        path = Path(disk.path)
+        assert path.stat().st_size < 2 * MIB
+        target = tmp_path / f"restored-{disk.target}"
+        restore_chain([Layer(path, Path(f"{path}.blocks"), disk.file)], target, format="raw")
+        assert target.read_bytes() == Path(disk.source).read_bytes()
+    lab.tm("post_backup_live", lab.document(domain), outcome=Outcome.SUCCESS)
+    assert not lab.hypervisor.find(domain.uuid).frozen
+
+
+def test_wrong_state_is_busy(lab: Lab) -> None:
+    domain = lab.hypervisor.create("sim-1", {"vda": MIB}, state="OFF")
+    vm = lab.document(domain)
+    with pytest.raises(Busy, match="is off"):
+        lab.tm("pre_backup_live", vm)
+    lab.hypervisor.update(domain, state="RUNNING")
+    with pytest.raises(Busy, match="is running"):
+        lab.tm("pre_backup", vm)
+
+
+def test_hypervisor_actions(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="is not there"):
+        lab.vmm("monitor")
+    domain = lab.hypervisor.create("sim-1", {"vda": MIB})
+    lab.hypervisor.update(domain, frozen=True)
+    lab.vmm("thaw", DOMAIN="sim-1")
+    assert not lab.hypervisor.find("sim-1").frozen
+    lab.vmm("abort_backup", DOMAIN=domain.uuid, SOCKET_DIR=str(tmp_path))
+    definition = domain.to_xml()
+    with pytest.raises(DriverFailed, match="already"):
+        lab.vmm("define", DOMAIN=xmldoc.serialize(definition))
+    xmldoc.put(definition, "name", "sim-2")
+    assert lab.vmm("define", DOMAIN=xmldoc.serialize(definition)) == {"DEPLOY_ID": "sim-2"}
+    states = {
+        xmldoc.text(entry, "NAME"): xmldoc.text(entry, "STATE")
+        for entry in xmldoc.parse(lab.vmm("monitor")["DOMAINS"])
+    }
+    assert states == {"sim-1": "RUNNING", "sim-2": "OFF"}
+    with pytest.raises(NotFound, match="sim-3"):
+        lab.vmm("dump_xml", DOMAIN="sim-3")
+
+
+def test_restored_file_never_replaces_another(lab: Lab, tmp_path: Path) -> None:
+    made, target = tmp_path / "made", tmp_path / "target"
+    made.write_bytes(b"new")
+    assert lab.tm("restore", None, PATH=str(made), TARGET=str(target)) == {"PATH": str(target)}
+    assert not made.exists()
+    made.write_bytes(b"newer")
+    with pytest.raises(DriverFailed, match="exists already"):
+        lab.tm("restore", None, PATH=str(made), TARGET=str(target))
+    assert target.read_bytes() == b"new"

@@ -1,0 +1,109 @@
+"""Freezing a guest whose agent misbehaves in ways that a real one cannot be made to."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from oned_backup.errors import Unavailable
+from oned_backup.hypervisor.domain import Domain
+from oned_backup.hypervisor.freeze import Mode, frozen
+
+
+class Handle:
+    """A libvirt domain whose freeze and thaw fail as told."""
+
+    def __init__(self, *, freeze_fails: bool = False, failing_thaws: int = 0) -> None:
+        self.freeze_fails = freeze_fails
+        self.failing_thaws = failing_thaws
+        self.calls: list[str] = []
+        self.thawed = threading.Event()
+
+    def name(self) -> str:
+        return "web"
+
+    def UUIDString(self) -> str:  # noqa: N802
+        return "u"
+
+    def state(self) -> tuple[int, int]:
+        return libvirt.VIR_DOMAIN_RUNNING, 0
+
+    def isActive(self) -> int:  # noqa: N802
+        return 1
+
+    def XMLDesc(self, _flags: int) -> str:  # noqa: N802
+        target = "<target name='org.qemu.guest_agent.0' state='connected'/>"
+        return f"<domain><devices><channel>{target}</channel></devices></domain>"
+
+    def agentSetResponseTimeout(self, seconds: int, _flags: int) -> None:  # noqa: N802
+        self.calls.append(f"timeout {seconds}")
+
+    def fsFreeze(self) -> int:  # noqa: N802
+        self.calls.append("freeze")
+        if self.freeze_fails:
+            raise libvirt.libvirtError("no answer")
+        return 1
+
+    def fsThaw(self) -> int:  # noqa: N802
+        self.calls.append("thaw")
+        if self.failing_thaws:
+            self.failing_thaws -= 1
+            raise libvirt.libvirtError("no answer")
+        self.thawed.set()
+        return 1
+
+    @property
+    def commands(self) -> list[str]:
+        return [call for call in self.calls if not call.startswith("timeout")]
+
+
+NOTE = Path("/nonexistent/suspended")
+
+
+def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
+    handle = Handle(freeze_fails=True)
+    with frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE) as window:
+        assert handle.commands == ["freeze"]
+    assert handle.commands == ["freeze", "thaw"]
+    assert window.method is Mode.NONE
+    assert "no freeze" in window.warning
+
+
+def test_thaw_is_repeated_until_it_is_answered() -> None:
+    handle = Handle(failing_thaws=2)
+    with frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE) as window:
+        pass
+    assert handle.commands == ["freeze", "thaw", "thaw", "thaw"]
+    assert (window.method, window.warning) == (Mode.AGENT, "")
+
+
+def test_guest_that_may_still_be_frozen_is_an_error() -> None:
+    handle = Handle(failing_thaws=100)
+    with (
+        pytest.raises(Unavailable, match="may still be frozen"),
+        frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE),
+    ):
+        pass
+
+
+def test_block_that_takes_too_long_is_thawed_in_the_middle() -> None:
+    handle = Handle()
+    with frozen(Domain(handle), Mode.AGENT, timeout_s=0.05, note=NOTE) as window:
+        assert handle.thawed.wait(10)
+    assert window.method is Mode.NONE
+    assert "thawed after 0.05 s" in window.warning
+
+
+def test_error_inside_the_block_comes_out_after_the_thaw() -> None:
+    handle = Handle()
+    with (
+        pytest.raises(RuntimeError, match="job"),
+        frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE),
+    ):
+        raise RuntimeError("job")
+    assert handle.commands == ["freeze", "thaw"]
+    # others wait for the agent as long as before
+    assert handle.calls[-1] == f"timeout {libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK}"
