@@ -66,6 +66,8 @@ _THAW_S = 8
 def _plan(context: Context) -> Mapping[str, Any]:
     services = context.services
     vm_id = context.integer("vm_id")
+    # An earlier attempt, or a daemon that died, may have left it in BACKUP: the lock says it is ours.
+    services.store.change("vm", vm_id, lambda element: backup_ended(Vm(element)).element)
     vm, state = refresh_vm(services, context.caller, vm_id)
     if state is DomainState.CRASHED:
         raise Conflict(

@@ -54,7 +54,7 @@ def plan_chain(
         return ChainPlan(datastore_id, full_reason=Reason.FIRST_BACKUP)
     fault = _fault(config, active, good_backups)
     if reset:
-        fault = "asked for"
+        fault = "it was asked for"
     elif datastore_id != chain_store and not fault:
         fault = f"the chain is in datastore {chain_store}, datastore {datastore_id} was asked for"
     if fault or active is None:

@@ -1,0 +1,273 @@
+"""Backup as a sequence: what is called, in which order, with what, and what the catalogue says after."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from oned_backup.contract.request import Outcome, Request
+from oned_backup.errors import (
+    Busy,
+    DriverFailed,
+    Misconfigured,
+    NoSpace,
+    OnedBackupError,
+    Unavailable,
+)
+from oned_backup.model.names import checkpoint_name
+from oned_backup.model.vm import DomainState
+from oned_backup.operations.inventory import configure_vm
+from oned_backup.runner.run import Cancellation
+from oned_backup.store import Operation, OperationState
+
+from .conftest import World
+
+
+def error_of(operation: Operation) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(operation.error)
+    return found
+
+
+def kept(world: World) -> list[tuple[str, str]]:
+    """(outcome, checkpoint kept) of every CLEAN."""
+    return [
+        (str(request.outcome), request.options["KEEP_CHECKPOINT"])
+        for request in world.drivers.requests("post_backup")
+    ]
+
+
+def checkpoint(world: World, operation: Operation) -> str:
+    return checkpoint_name(world.services.store.installation, operation.result["backup_id"])
+
+
+def test_first_backup_begins_a_chain(world: World) -> None:
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert world.drivers.actions == ["dump_xml", "monitor", "pre_backup_live", "backup", "post_backup_live"]
+    assert world.step_names(done) == [
+        f"{name} DONE" for name in ("PLAN", "PREPARE", "STORE", "RECORD", "CLEAN")
+    ]
+    (prepare,) = world.drivers.requests("pre_backup")
+    assert prepare.options["FULL_REASON"] == "first-backup"
+    assert prepare.parent is None
+    vm, image = world.services.vm(0), world.services.image(0)
+    assert vm.config.incremental_backup_id == 0
+    assert vm.config.last_increment_id == 0
+    assert vm.backup_ids == (0,)
+    assert vm.state_name == "RUNNING"
+    assert [entry.source for entry in image.increments] == [done.result["backup_id"]]
+    assert world.services.datastore(100).image_ids == (0,)
+    assert kept(world) == [("SUCCESS", checkpoint(world, done))]
+
+
+def test_the_vm_is_in_backup_state_meanwhile(world: World) -> None:
+    seen = []
+    world.drivers.script["backup"] = [lambda _request: seen.append(world.services.vm(0).state_name)]
+    world.run("backup", vm_id=0)
+    assert seen == ["BACKUP"]
+    assert world.services.vm(0).state_name == "RUNNING"
+
+
+def test_second_backup_continues_the_chain(world: World) -> None:
+    first = world.run("backup", vm_id=0)
+    second = world.run("backup", vm_id=0)
+    _, prepare = world.drivers.requests("pre_backup")
+    assert prepare.backup is not None
+    assert prepare.backup.parent_id == first.result["backup_id"]
+    assert prepare.backup.chain_id == first.result["backup_id"]
+    assert prepare.backup.increment_id == 1
+    assert prepare.parent is not None
+    assert prepare.parent.checkpoint == checkpoint(world, first)
+    assert prepare.parent.disks[0].source == "/srv/web.qcow2"
+    assert second.result["increment_id"] == 1
+    assert [entry.id for entry in world.services.image(0).increments] == [0, 1]
+    assert kept(world)[-1] == ("SUCCESS", checkpoint(world, second))
+
+
+def test_all_disks_full_begins_a_new_chain_with_the_reason(world: World) -> None:
+    world.run("backup", vm_id=0)
+    world.drivers.full_anyway = True
+    done = world.run("backup", vm_id=0)
+    assert done.result["image_id"] == 1
+    assert done.result["increment_id"] == 0
+    stored = world.drivers.requests("backup")[-1].backup
+    assert stored is not None
+    assert stored.chain_id == stored.id
+    assert stored.parent_id == ""
+    assert "bitmap-missing" in done.result["notes"][0]
+    assert world.services.vm(0).config.incremental_backup_id == 1
+
+
+def test_mode_full_makes_an_image_each_and_no_checkpoint(world: World) -> None:
+    configure_vm(world.services, 0, {"MODE": "FULL"})
+    world.run("backup", vm_id=0)
+    world.run("backup", vm_id=0)
+    assert world.services.vm(0).backup_ids == (0, 1)
+    assert world.services.image(0).increments == ()
+    assert kept(world) == [("SUCCESS", ""), ("SUCCESS", "")]
+
+
+def test_keep_last_removes_the_oldest_full_backups(world: World) -> None:
+    configure_vm(world.services, 0, {"MODE": "FULL", "KEEP_LAST": "2"})
+    for _ in range(3):
+        world.run("backup", vm_id=0)
+        world.run_queued()
+    assert world.services.vm(0).backup_ids == (1, 2)
+    assert world.services.datastore(100).image_ids == (1, 2)
+    assert world.services.store.backups(image_id=0) == []
+
+
+@pytest.mark.parametrize("action", ["pre_backup_live", "backup"])
+@pytest.mark.parametrize("error", [DriverFailed("broken"), NoSpace("full")])
+def test_failure_cleans_up_and_keeps_the_parents_checkpoint(
+    world: World, action: str, error: OnedBackupError
+) -> None:
+    first = world.run("backup", vm_id=0)
+    world.drivers.script[action] = [error]
+    failed = world.run("backup", vm_id=0)
+    assert failed.state is OperationState.FAILED
+    assert error_of(failed)["code"] == type(error).__name__
+    assert kept(world)[-1] == ("FAILURE", checkpoint(world, first))
+    assert world.drivers.cleaning()[-1] == "post_backup_live"
+    vm = world.services.vm(0)
+    assert vm.state_name == "RUNNING"
+    assert error.message in vm.error
+    assert vm.config.last_increment_id == 0
+    again = world.run("backup", vm_id=0)
+    assert again.result["increment_id"] == 1
+    assert world.services.vm(0).error == ""
+
+
+def test_a_failed_store_discards_before_it_cleans(world: World) -> None:
+    world.drivers.script["backup"] = [DriverFailed("broken")]
+    failed = world.run("backup", vm_id=0)
+    assert world.drivers.cleaning() == ["backup_cancel", "rm", "post_backup_live"]
+    assert world.step_names(failed) == [
+        "PLAN DONE",
+        "PREPARE UNDONE",
+        "STORE UNDONE",
+        "DISCARD DONE",
+        "CLEAN DONE",
+    ]
+
+
+def test_a_prepare_that_died_thaws_the_guest_first(world: World) -> None:
+    world.drivers.script["pre_backup_live"] = [DriverFailed("killed")]
+    world.run("backup", vm_id=0)
+    assert world.drivers.cleaning() == ["thaw", "abort_backup", "post_backup_live"]
+
+
+def test_cleaning_goes_on_if_the_store_is_gone(world: World) -> None:
+    world.drivers.script["backup"] = [NoSpace("full")]
+    world.drivers.script["backup_cancel"] = [DriverFailed("gone")]
+    failed = world.run("backup", vm_id=0)
+    assert kept(world) == [("FAILURE", "")]
+    assert "DISCARD" in failed.result["notes"][0]
+
+
+def test_a_failed_clean_after_record_is_a_warning(world: World) -> None:
+    world.drivers.script["post_backup_live"] = [DriverFailed("libvirtd died")]
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE
+    assert "libvirtd died" in done.result["notes"][0]
+    assert world.services.vm(0).backup_ids == (0,)
+
+
+def test_a_domain_that_changes_its_state_is_planned_again(world: World) -> None:
+    def stops(_request: Request) -> None:
+        world.drivers.state = DomainState.OFF
+        raise Busy("the domain is off")
+
+    world.drivers.script["pre_backup_live"] = [stops]
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["live"] is False
+    assert "post_backup_live" in world.drivers.actions
+    assert world.drivers.actions[-1] == "post_backup"
+    ids = {request.backup.id for request in world.drivers.requests("pre_backup") if request.backup}
+    assert len(ids) == 2
+
+
+def test_planning_again_has_an_end(world: World) -> None:
+    world.drivers.script["pre_backup_live"] = [Busy("changing")] * 9
+    failed = world.run("backup", vm_id=0)
+    assert error_of(failed)["code"] == "Busy"
+    assert world.drivers.actions.count("pre_backup_live") == 4
+    assert world.drivers.actions.count("post_backup_live") == 4
+
+
+def test_a_guest_that_stops_while_storing_is_backed_up_off_once(world: World) -> None:
+    def stops(_request: Request) -> None:
+        world.drivers.state = DomainState.OFF
+        raise DriverFailed("connection closed")
+
+    world.drivers.script["backup"] = [stops, DriverFailed("again")]
+    failed = world.run("backup", vm_id=0)
+    assert failed.state is OperationState.FAILED
+    assert [action for action in world.drivers.actions if "re_backup" in action] == [
+        "pre_backup_live",
+        "pre_backup",
+    ]
+    assert world.services.vm(0).state_name == "POWEROFF"
+
+
+def test_what_may_pass_is_tried_again_until_the_limit(world: World) -> None:
+    world.drivers.script["dump_xml"] = [Unavailable("no libvirtd"), Unavailable("no libvirtd")]
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE
+    assert done.result["attempts"] == 3
+    world.drivers.script["dump_xml"] = [Unavailable("no libvirtd")] * 1000
+    assert error_of(world.run("backup", vm_id=0))["code"] == "Unavailable"
+
+
+def test_a_datastore_that_refuses_us_is_disabled(world: World) -> None:
+    world.drivers.script["backup"] = [Misconfigured("wrong password")]
+    world.run("backup", vm_id=0)
+    assert not world.services.datastore(100).is_enabled
+    refused = world.run("backup", vm_id=0, datastore_id=100)
+    assert error_of(refused)["code"] == "Misconfigured"
+    assert "wrong password" in error_of(refused)["message"]
+    assert world.drivers.actions.count("pre_backup_live") == 1
+
+
+def test_no_room_is_found_before_the_guest_is_touched(world: World) -> None:
+    world.run("backup", vm_id=0)
+    full = {"TOTAL_MB": "10", "USED_MB": "10", "FREE_MB": "2"}
+    world.drivers.answers["monitor"] = lambda _request: full
+    failed = world.run("backup", vm_id=0, reset=True)
+    assert error_of(failed)["code"] == "NoSpace"
+    assert "5 MB needed, 2 MB free" in error_of(failed)["message"]
+    assert world.drivers.actions.count("pre_backup_live") == 1
+
+
+@pytest.mark.parametrize("action", ["dump_xml", "monitor", "pre_backup_live", "backup"])
+def test_cancelled_at_any_step_leaves_nothing(world: World, action: str) -> None:
+    first = world.run("backup", vm_id=0)
+    cancellation = Cancellation()
+    world.drivers.script[action] = [lambda _request: cancellation.cancel()]
+    ended = world.run("backup", vm_id=0, cancellation=cancellation)
+    assert ended.state is OperationState.CANCELLED
+    assert error_of(ended)["exit_code"] == 3
+    assert world.services.vm(0).state_name == "RUNNING"
+    assert world.services.vm(0).error == ""
+    assert len(world.services.store.backups()) == 1
+    if "pre_backup_live" in world.drivers.actions[5:]:
+        assert kept(world)[-1] == (str(Outcome.CANCELLED), checkpoint(world, first))
+
+
+def test_a_cancel_after_record_comes_too_late(world: World) -> None:
+    cancellation = Cancellation()
+    world.drivers.script["post_backup_live"] = [lambda _request: cancellation.cancel()]
+    assert world.run("backup", vm_id=0, cancellation=cancellation).state is OperationState.DONE
+
+
+def test_faults_of_our_own_are_undone_too(world: World) -> None:
+    def fault(_request: Request) -> None:
+        raise ZeroDivisionError("oops")
+
+    world.drivers.script["backup"] = [fault]
+    failed = world.run("backup", vm_id=0)
+    assert "ZeroDivisionError" in error_of(failed)["message"]
+    assert kept(world) == [("FAILURE", "")]
