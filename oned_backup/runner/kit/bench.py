@@ -101,6 +101,13 @@ class Attempt:
     point: Point
     backup: Backup
 
+    @property
+    def supposed(self) -> Chain:
+        """The chain as if the backup were in the catalogue under the id that it was given."""
+        backup = self.backup
+        increment = Increment(backup.increment_id, -1, backup.date, 0, backup.id, IncrementType.FULL)
+        return replace(self.chain, increments=[*self.chain.increments, increment])
+
 
 class Bench:
     """One driver, a directory to work in, and what it was told."""
@@ -290,10 +297,7 @@ class Bench:
 
     def find(self, attempt: Attempt, action: str = "ls") -> Called:
         """Ask for a backup as if it were in the catalogue."""
-        backup = attempt.backup
-        increment = Increment(backup.increment_id, -1, backup.date, 0, backup.id, IncrementType.FULL)
-        supposed = replace(attempt.chain, increments=[*attempt.chain.increments, increment])
-        return self.read(action, supposed)
+        return self.read(action, attempt.supposed)
 
     def disks(self, chain: Chain, **options: int) -> dict[int, StoredDisk]:
         """What `ls` says, by disk id."""
@@ -341,9 +345,12 @@ class Bench:
         limits = limits or Limits(self.settings.timeout_s)
         directory = self.root / "calls" / f"{next(self._numbers):04}-{action}"
         directory.mkdir(mode=0o700)
+        values = secret_values or self.secrets
+        given = self.settings.parameters
         invocation = Invocation(
             directory,
             source_dir=source_dir,
+            secrets={name: value for name, value in values.items() if name not in given},
             transfer="stream" if self.stream else "staged",
             environment=environment or {},
         )
@@ -351,7 +358,7 @@ class Bench:
         stdin = xmldoc.serialize(request.to_xml()).encode() if stdin is None else stdin
         _write_repeat(directory, executable, variables, stdin)
         stderr = bytearray()
-        with self._secrets_dir(secret_values or self.secrets) as secrets_dir, self._work_dir() as work:
+        with self._secrets_dir(values) as secrets_dir, self._work_dir() as work:
             on_start()
             start = time.monotonic()
             ended = run_process(
@@ -440,7 +447,7 @@ def _write_repeat(directory: Path, executable: Path, variables: Mapping[str, str
     words = [f"{name}={value}" for name, value in sorted(variables.items())]
     (directory / "repeat.sh").write_text(
         "#!/bin/sh\n"
-        f"# Secrets are not kept: put them into {directory}/secrets. NBD exports are gone by now.\n"
+        f"# Secrets that the kit was given are not in {directory}/secrets. NBD exports are gone by now.\n"
         f'cd "$(mktemp -d)" && exec env -i {shlex.join(words)} {shlex.quote(str(executable))} '
         f"< {shlex.quote(str(directory / 'stdin.xml'))}\n"
     )

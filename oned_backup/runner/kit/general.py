@@ -123,14 +123,11 @@ def _hopeless(bench: Bench) -> Iterator[tuple[str, Request]]:
         absent = bench.plan(bench.new_chain(chain.store), bench.tiny)
         for action in ("ls", "stat", "restore", "download"):
             if bench.driver.supports(action):
-                url = f"kit://103/-/0:{absent.backup.id}/{absent.chain.vm_id}/disk.0"
-                target = str(bench.new_path())
-                yield (
-                    action,
-                    bench.request_for(
-                        chain.store, action, attempt=absent, options={"URL": url, "TARGET": target}
-                    ),
-                )
+                options = {
+                    "URL": f"{bench.driver.manifest.name}://103/-/0:{absent.backup.id}/{absent.chain.vm_id}/disk.0",
+                    "TARGET": str(bench.new_path()),
+                }
+                yield action, bench.request_for(chain.store, action, chain=absent.supposed, options=options)
         return
     nowhere = bench.root / "nowhere"
     options = {

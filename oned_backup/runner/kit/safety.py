@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from oned_backup.errors import DriverBug, NotFound
-from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.runner.kit.bench import Attempt, Bench, Chain, tree
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.clause import Unmet, clause
@@ -25,7 +24,7 @@ _STATES = (1, 2, 4, 6, 8)
 _ODD_IDS = (
     "..",
     ".",
-    "../escaped",
+    "../../escaped",
     "a b",
     "it's",
     'say "no"',
@@ -66,8 +65,7 @@ def remove_twice(bench: Bench) -> None:
         bench.read("rm", attempt.chain).answer()
         bench.read("ls", attempt.chain).require(NotFound, "the answer about a removed backup")
     never = bench.plan(bench.new_chain(store), bench.tiny)
-    never.chain.increments.append(_increment(never))
-    bench.read("rm", never.chain).answer()
+    bench.read("rm", never.supposed).answer()
 
 
 @clause("DS-22", "rm removes nothing but what it is told to")
@@ -202,12 +200,10 @@ def _judge_leftovers(
     """The backup is either absent or really complete; a retry makes it complete."""
     found = bench.find(attempt)
     if found.exit_code == 0:
-        attempt.chain.increments.append(_increment(attempt))
         try:
-            bench.check_restored(attempt.chain, 0, attempt.point)
+            bench.check_restored(attempt.supposed, 0, attempt.point)
         except Unmet as unmet:
             raise called.unmet(f"{moment}: left a backup that looks finished, but: {unmet}") from unmet
-        attempt.chain.increments.clear()
     else:
         found.require(NotFound, f"the answer about a backup that was ended ({moment})")
         bench.find(attempt, "restore").require(
@@ -284,11 +280,6 @@ def _outside(path: Path, store: Path | None) -> dict[str, tuple[int, int, bytes]
     found = tree(path / "escaped") if store is None else tree(path)
     kept = {name: (mode, size, content) for name, (mode, size, _, content) in found.items()}
     return {name: value for name, value in kept.items() if not store or name.split("/")[0] != store.name}
-
-
-def _increment(attempt: Attempt) -> Increment:
-    backup = attempt.backup
-    return Increment(backup.increment_id, -1, backup.date, 0, backup.id, IncrementType.FULL)
 
 
 def _succeeds(called: Called) -> None:

@@ -1,0 +1,14 @@
+"""DS-04: FORMAT is ignored"""
+
+import os
+
+from plain import Plain
+
+
+class Broken(Plain):
+    def convert(self, layers, target):
+        os.environ["ODB_OPT_FORMAT"] = "raw"
+        super().convert(layers, target)
+
+
+DRIVER = Broken()

@@ -1,0 +1,11 @@
+"""DS-03: only the newest file of a chain is restored"""
+
+from plain import Plain
+
+
+class Broken(Plain):
+    def convert(self, layers, target):
+        super().convert(layers[-1:], target)
+
+
+DRIVER = Broken()

@@ -1,0 +1,5 @@
+"""ALL-02: the mandatory action stat is not there"""
+
+from plain import Plain
+
+DRIVER = Plain()

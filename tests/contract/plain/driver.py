@@ -1,0 +1,5 @@
+"""The driver as it should be."""
+
+from plain import Plain
+
+DRIVER = Plain()
