@@ -23,6 +23,7 @@ from oned_backup.model.document import (
     permissions,
     replace_all,
     section,
+    shown,
 )
 
 BACKUP_TYPE = 3
@@ -194,7 +195,7 @@ def disabled(datastore: Datastore, reason: str) -> Datastore:
     """`datastore` that takes no new backups, and why."""
     element = xmldoc.copy(datastore.element)
     xmldoc.put(element, "STATE", int(DatastoreState.DISABLED))
-    xmldoc.put(section(element, "TEMPLATE"), "DISABLED_REASON", reason)
+    xmldoc.put(section(element, "TEMPLATE"), "DISABLED_REASON", shown(reason))
     return Datastore(element)
 
 

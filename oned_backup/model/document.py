@@ -69,6 +69,12 @@ def checked_title(name: str) -> str:
     return name
 
 
+def shown(text: str, max_characters: int = 400) -> str:
+    """`text`, which may be any program's output, as a document can carry it: one short, clean line."""
+    clean = "".join(char if char.isprintable() else " " for char in text[: 4 * max_characters])
+    return " ".join(clean.split())[:max_characters]
+
+
 def ids(element: xmldoc.Element, path: str) -> tuple[int, ...]:
     """The numbers of an id list (`<X><ID>1</ID>…</X>`), ascending."""
     return tuple(sorted(xmldoc.integer(entry, ".") for entry in element.findall(f"{path}/ID")))

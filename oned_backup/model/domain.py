@@ -212,8 +212,8 @@ class _Builder:
             self._channel(old, devices)
         elif tag in rules.DEVICES:
             self._generic(old, devices, rules.DEVICES[tag])
-        else:
-            self._drop(tag, old.get("type", old.get("model", "")))
+        elif tag != "emulator" or not path_below(old.text or "", rules.EMULATOR_ROOTS):
+            self._drop(tag, old.get("type", old.get("model", old.text or "")))
 
     def _generic(self, old: xmldoc.Element, devices: xmldoc.Element, allowed: Rule) -> None:
         """A device that is copied, if what it cannot do without came through."""
@@ -272,9 +272,7 @@ class _Builder:
         source.set("dev" if block else "file", self._own_path(restored.path, "disk"))
         new.append(source)
         before = old.find("driver")
-        tuning = (
-            None if before is None else self._copied(before, rules.DISK_DRIVER, "disk/driver", quiet=True)
-        )
+        tuning = None if before is None else self._copied(before, rules.DISK_DRIVER, "disk/driver")
         if tuning is not None:
             for key, value in tuning.attrib.items():
                 driver.set(key, value)
@@ -349,9 +347,7 @@ class _Builder:
         if copied is not None:
             new.append(copied)
 
-    def _copied(
-        self, old: xmldoc.Element, allowed: Rule, path: str, *, quiet: bool = False
-    ) -> xmldoc.Element | None:
+    def _copied(self, old: xmldoc.Element, allowed: Rule, path: str) -> xmldoc.Element | None:
         """What `allowed` lets through of `old`, None if it does not let it in at all."""
         for name, values in allowed.accepts.items():
             if old.get(name) is not None and old.get(name) not in values:
@@ -361,7 +357,7 @@ class _Builder:
         for attribute, value in old.attrib.items():
             if str(attribute) in allowed.attributes and not str(value).startswith("/"):
                 new.set(str(attribute), str(value))
-            elif not quiet:
+            elif attribute not in allowed.replaced:
                 self._drop(f"{path}@{attribute!s}", str(value))
         for child in old:
             tag = str(child.tag)

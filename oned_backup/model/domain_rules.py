@@ -14,12 +14,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Rule:
-    """What an element may carry. `accepts`: attribute to the only values that let the element in."""
+    """What an element may carry.
+
+    `accepts`: attribute to the only values that let the element in. `replaced`:
+    attributes that are always set anew, so that nobody need be told.
+    """
 
     attributes: frozenset[str] = frozenset()
     text: bool = False
     accepts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     children: Mapping[str, Rule] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
 
 
 def rule(
@@ -28,10 +33,12 @@ def rule(
     text: bool = False,
     accepts: Mapping[str, str] | None = None,
     children: Mapping[str, Rule] | None = None,
+    replaced: str = "",
 ) -> Rule:
     """A `Rule` from words separated by spaces."""
     allowed = {name: frozenset(values.split()) for name, values in (accepts or {}).items()}
-    return Rule(frozenset(attributes.split()) | frozenset(allowed), text, allowed, children or {})
+    names = frozenset(attributes.split()) | frozenset(allowed)
+    return Rule(names, text, allowed, children or {}, frozenset(replaced.split()))
 
 
 def _each(names: str, shared: Rule) -> dict[str, Rule]:
@@ -109,7 +116,7 @@ DOMAIN: dict[str, Rule] = {
     "memory": rule("unit dumpCore", text=True),
     "currentMemory": _SIZE,
     "maxMemory": rule("unit slots", text=True),
-    "vcpu": rule("current", text=True),
+    "vcpu": rule("current", text=True, replaced="placement"),
     "iothreads": _TEXT,
     "iothreadids": rule(children={"iothread": rule("id thread_pool_min thread_pool_max")}),
     "cpu": _CPU,
@@ -157,6 +164,9 @@ FIRMWARE_ROOTS = (
     "/usr/share/seabios",
 )
 
+#: where distributions put QEMU: that the restored domain runs the host's own is no news
+EMULATOR_ROOTS = ("/usr/bin", "/usr/libexec")
+
 #: devices that are copied as they are
 DEVICES: dict[str, Rule] = {
     "controller": rule(
@@ -178,6 +188,7 @@ DEVICES: dict[str, Rule] = {
     "graphics": rule(
         "passwd passwdValidTo connected keymap listen sharePolicy defaultMode powerControl",
         accepts={"type": "vnc spice"},
+        replaced="port autoport",
         children={
             "listen": rule("address network", accepts={"type": "address network none"}),
             "channel": rule("name mode"),
@@ -216,6 +227,7 @@ DEVICES: dict[str, Rule] = {
         accepts={"model": "sb16 es1370 pcspk ac97 ich6 ich7 ich9 usb virtio"},
         children={"address": ADDRESS, "codec": rule("type")},
     ),
+    "audio": rule("id", accepts={"type": "none spice"}),
     "rng": rule(
         accepts={"model": "virtio virtio-transitional virtio-non-transitional"},
         children={
@@ -247,7 +259,8 @@ ESSENTIAL = {"rng": "backend", "tpm": "backend", "video": "model"}
 
 DISK_DRIVER = rule(
     "cache io discard detect_zeroes discard_no_unref error_policy rerror_policy event_idx ioeventfd"
-    " iothread queues queue_size copy_on_read iommu ats packed"
+    " iothread queues queue_size copy_on_read iommu ats packed",
+    replaced="name type",
 )
 DISK: dict[str, Rule] = {
     "target": rule("dev bus removable rotation_rate tray"),

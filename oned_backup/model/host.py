@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from oned_backup import xmldoc
-from oned_backup.model.document import checked_title, id_list, ids, replace_all, section
+from oned_backup.model.document import checked_title, id_list, ids, replace_all, section, shown
 from oned_backup.model.vm import Placement
 
 DEFAULT_URI = "qemu:///system"
@@ -120,7 +120,7 @@ def with_state(host: Host, state: HostState, error: str = "") -> Host:
     if host.state != state:
         xmldoc.put(element, "PREV_STATE", host.state)
         xmldoc.put(element, "STATE", int(state))
-    errors = [xmldoc.build("ERROR", error)] if error else []
+    errors = [xmldoc.build("ERROR", shown(error))] if error else []
     replace_all(section(element, "TEMPLATE"), "ERROR", errors)
     return Host(element)
 

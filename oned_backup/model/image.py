@@ -9,7 +9,16 @@ from enum import IntEnum
 
 from oned_backup import xmldoc
 from oned_backup.model.datastore import Datastore
-from oned_backup.model.document import Owner, checked_title, id_list, identity, ids, permissions, section
+from oned_backup.model.document import (
+    Owner,
+    checked_title,
+    id_list,
+    identity,
+    ids,
+    permissions,
+    section,
+    shown,
+)
 from oned_backup.model.increments import Increment
 from oned_backup.model.vm import Vm
 
@@ -205,7 +214,7 @@ def with_error(image: Image, text: str) -> Image:
     """`image` in ERROR with TEMPLATE/ERROR saying why."""
     failed = with_state(image, ImageState.ERROR)
     element = xmldoc.copy(failed.element)
-    xmldoc.put(section(element, "TEMPLATE"), "ERROR", text)
+    xmldoc.put(section(element, "TEMPLATE"), "ERROR", shown(text))
     return Image(element)
 
 

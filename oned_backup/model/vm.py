@@ -27,10 +27,10 @@ from oned_backup.model.document import (
     permissions,
     replace_all,
     section,
+    shown,
 )
 
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
-_MAX_ERROR_CHARACTERS = 400
 
 
 class VmState(IntEnum):
@@ -340,7 +340,7 @@ def with_name(vm: Vm, name: str) -> Vm:
 def with_error(vm: Vm, text: str, when: str) -> Vm:
     """`vm` with USER_TEMPLATE/ERROR telling what went wrong and `when` (a readable time)."""
     element = xmldoc.copy(vm.element)
-    xmldoc.put(section(element, "USER_TEMPLATE"), "ERROR", f"{when}: {text[:_MAX_ERROR_CHARACTERS]}")
+    xmldoc.put(section(element, "USER_TEMPLATE"), "ERROR", f"{when}: {shown(text)}")
     return Vm(element)
 
 

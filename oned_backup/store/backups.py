@@ -76,12 +76,13 @@ class Backups:
     ) -> list[Backup]:
         """The restore points that match, by image and increment."""
         wanted = {"image_id": image_id, "vm_id": vm_id, "datastore_id": datastore_id, "state": state}
-        query = sa.select(backups).order_by(backups.c.image_id, backups.c.increment_id)
+        query = sa.select(backups)
         for name, value in wanted.items():
             if value is not None:
                 query = query.where(backups.c[name] == value)
         with self._session.read() as connection:
-            return [_backup(row) for row in connection.execute(query)]
+            found = [_backup(row) for row in connection.execute(query)]
+        return sorted(found, key=lambda backup: (backup.image_id, backup.increment_id))
 
     def mark_backup(
         self,

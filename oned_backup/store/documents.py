@@ -57,14 +57,16 @@ class Documents:
         The columns: name, uuid, state, host_id, vm_id, datastore_id.
         """
         _check(kind)
-        query = sa.select(documents.c.xml, documents.c.version).where(documents.c.kind == kind)
+        query = sa.select(documents.c.id, documents.c.xml, documents.c.version)
+        query = query.where(documents.c.kind == kind)
         for name, value in columns.items():
             if name not in _SEARCHABLE:
                 raise InvalidInput(f"{kind}: cannot search by {name}", hint=f"Use {', '.join(_SEARCHABLE)}.")
             query = query.where(documents.c[name] == value)
         with self._session.read() as connection:
-            rows = connection.execute(query.order_by(documents.c.id)).all()
-        return [Versioned(xmldoc.parse(xml, what=kind), version) for xml, version in rows]
+            # Sorted here: asked to, SQLite would walk the primary key instead of the column's index.
+            rows = sorted(connection.execute(query), key=lambda row: row.id)
+        return [Versioned(xmldoc.parse(row.xml, what=kind), row.version) for row in rows]
 
     def update(self, kind: str, document_id: int, version: int, element: xmldoc.Element) -> Versioned:
         """Replace the document that was read as `version`; `Conflict` if it has changed since."""
@@ -157,19 +159,26 @@ def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, 
 
 def _refuse_double(connection: sa.Connection, row: dict[str, Any]) -> None:
     """`Conflict` in words, where the unique indexes would only name columns."""
-    same_kind = (documents.c.kind == row["kind"]) & (documents.c.id != row["id"])
     query = sa.select(documents.c.id).limit(1)
     if row["kind"] in {"host", "datastore"}:
-        query = query.where(same_kind, documents.c.name == row["name"])
-        text = f"{row['kind']} {{}} is already named '{row['name']}'"
+        query = query.where(
+            documents.c.kind == row["kind"], documents.c.id != row["id"], documents.c.name == row["name"]
+        )
+        text = "{kind} {taken} is already named '{name}'"
     elif row["kind"] == "vm" and row["uuid"]:
-        query = query.where(same_kind, documents.c.host_id == row["host_id"], documents.c.uuid == row["uuid"])
-        text = f"domain {row['uuid']} on host {row['host_id']} is VM {{}} already"
+        # in the words of the partial index, so that it is used
+        query = query.where(
+            sa.text("kind = 'vm' AND uuid <> ''"),
+            documents.c.id != row["id"],
+            documents.c.host_id == row["host_id"],
+            documents.c.uuid == row["uuid"],
+        )
+        text = "domain {uuid} on host {host_id} is VM {taken} already"
     else:
         return
     taken = connection.execute(query).scalar_one_or_none()
     if taken is not None:
-        raise Conflict(text.format(taken))
+        raise Conflict(text.format(**row, taken=taken))
 
 
 def _refuse_stale(connection: sa.Connection, kind: str, document_id: int, version: int | None) -> None:

@@ -176,7 +176,9 @@ class Journal:
             connection.execute(
                 operations.update()
                 .where(operations.c.id == operation_id)
-                .values(state=state, result=_dump(result or {}), error=error, ended_at=self._session.now())
+                .values(
+                    state=state, result=_dump(result or {}), error=_text(error), ended_at=self._session.now()
+                )
             )
             return _get(connection, operation_id)
 
@@ -334,8 +336,13 @@ def _step(row: sa.Row[Any]) -> Step:
     return Step(**{**values, "state": StepState(values["state"])})
 
 
+def _text(text: str) -> str:
+    """`text` without what is no Unicode, such as the undecodable bytes of a file name."""
+    return text.encode(errors="replace").decode()
+
+
 def _dump(values: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return json.dumps(values, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"journal: not plain data: {error}") from error

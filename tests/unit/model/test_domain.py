@@ -70,11 +70,18 @@ def test_what_names_the_host_is_left_behind_and_told(domain):
     for path in ("/srv/", "/dev/vg", "/var/lib", "/usr/bin", "/etc"):
         assert path not in text
     told = "\n".join(rebuilt.dropped)
-    for what in ("metadata", "memoryBacking", "vcpu@cpuset: 0-3", "os/nvram", "emulator", "hostdev: pci"):
+    for what in ("metadata", "memoryBacking", "vcpu@cpuset: 0-3", "os/nvram", "on_crash", "hostdev: pci"):
         assert what in told
     assert "disk: vdb: not in the backup" in rebuilt.dropped
     assert "filesystem: mount" in rebuilt.dropped
     assert "on_crash" in rebuilt.dropped
+
+
+def test_what_is_always_made_anew_is_not_told(domain):
+    told = "\n".join(rebuild(domain).dropped)
+
+    for what in ("emulator", "placement", "port", "disk/driver", "genid", "uuid"):
+        assert what not in told
 
 
 def test_a_copy_gets_a_new_generation_id_and_a_port_of_its_own(domain):
@@ -237,6 +244,8 @@ def test_only_qemu_s_domains(text):
         ("<memory model='nvdimm'><source><path>/etc/x</path></source></memory>", "memory: nvdimm"),
         ("<vsock model='virtio'/>", "vsock: virtio"),
         ("<lease/>", "lease"),
+        ("<emulator>/home/me/evil</emulator>", "emulator: /home/me/evil"),
+        ("<audio id='1' type='file' path='/x'/>", "audio: type='file'"),
         ("<disk><target dev='vda'/><auth username='a'/></disk>", "disk/auth"),
         ("<disk><target dev='vda'/><encryption format='luks'/></disk>", "disk/encryption"),
         ("<disk><target dev='vda'/><shareable/></disk>", "disk/shareable"),
@@ -357,5 +366,5 @@ def test_no_hostile_document_names_a_file_of_the_host(top, devices):
     assert not new.findall(".//source[@file]")
     assert {device.tag for device in new.find("devices")} <= {
         "disk", "interface", "serial", "console", "channel", "controller", "input", "graphics",
-        "video", "memballoon", "watchdog", "sound", "rng", "tpm", "panic", "iommu",
+        "video", "audio", "memballoon", "watchdog", "sound", "rng", "tpm", "panic", "iommu",
     }  # fmt: skip

@@ -4,6 +4,8 @@ from hypothesis import strategies as st
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput
+from oned_backup.model import datastore as datastores
+from oned_backup.model import host as hosts
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.disk import Disk, domain_disks, with_ids
 from oned_backup.model.vm import (
@@ -231,6 +233,17 @@ def test_an_error_is_shown_and_taken_away(vm, assert_valid):
     assert len(failed.error) < 450
     assert_valid(failed.element)
     assert without_error(failed).error == ""
+
+
+HOSTILE = "a\x00b\x1b[31m\ud800 \ufffe\nnext " + "x" * 9000
+
+
+def test_whatever_a_program_printed_can_be_recorded(vm, host, datastore, assert_valid):
+    assert with_error(vm, HOSTILE, "now").error.startswith("now: a b [31m next xxx")
+    assert len(with_error(vm, HOSTILE, "now").error) < 450
+    assert hosts.with_state(host, hosts.HostState.ERROR, HOSTILE).error.startswith("a b [31m next xxx")
+    assert datastores.disabled(datastore, HOSTILE).disabled_reason.startswith("a b [31m next xxx")
+    assert_valid(with_error(vm, HOSTILE, "now").element)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def test_only_plain_data_is_journaled(store, value):
         enqueue(store, value=value)
 
 
+def test_names_that_are_no_unicode_are_journaled(store):
+    operation = enqueue(store, path="/srv/\udcff.img")
+    store.journal.claim()
+    store.journal.finish(operation.id, OperationState.FAILED, error="/srv/\udcff.img: gone")
+
+    assert store.journal.get(operation.id).arguments == {"path": "/srv/\udcff.img"}
+    assert store.journal.get(operation.id).error == "/srv/?.img: gone"
+
+
 def test_lists_are_newest_first_and_old_ones_are_forgotten(path):
     ticks = itertools.count(1)
     with Store.open(path, now=lambda: float(next(ticks))) as store:
