@@ -32,8 +32,8 @@ VERSION = 1
 HEADER_BYTES = 64
 DIGEST_BYTES = 16
 _HEADER = struct.Struct("<8sIIQQ")
-#: digests beyond this go to an unlinked temporary file (4 MiB is 16 GiB of data)
-_IN_MEMORY = 4 << 20
+#: digests beyond this go to an unlinked temporary file (512 KiB is 2 GiB of data)
+_IN_MEMORY = 512 << 10
 
 
 def blocks_size_bytes(file_bytes: int) -> int:

@@ -6,6 +6,7 @@ pass over a disk has one pool, and the pool's size is what bounds its memory.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import threading
@@ -55,7 +56,7 @@ class Batch:
             self._holders -= 1
             if self._holders:
                 return
-        self._pool.free.put(self)
+        self._pool.give_back(self)
 
 
 class Pool:
@@ -63,20 +64,37 @@ class Pool:
 
     def __init__(self, count: int = POOL_BUFFERS, size: int = BATCH_BYTES) -> None:
         self.lock = threading.Lock()
-        self.free: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._closed = False
+        self._free: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         for _ in range(count):
-            self.free.put(Batch(self, memoryview(mmap.mmap(-1, size))))
+            self._free.put(Batch(self, memoryview(mmap.mmap(-1, size))))
 
     def take(self, *, wait: bool) -> Batch | None:
         """A free buffer; None if there is none now (not `wait`) or the pool was closed."""
         try:
-            return self.free.get(block=wait)
+            batch = self._free.get(block=wait)
         except queue.Empty:
             return None
+        if batch is None:
+            self._free.put(None)  # the next one who waits must wake up too
+        return batch
+
+    def give_back(self, batch: Batch) -> None:
+        """Nobody holds the batch any more."""
+        if not self._closed:
+            self._free.put(batch)
 
     def close(self) -> None:
-        """Wake one thread that waits for a buffer; it gets None."""
-        self.free.put(None)
+        """No more buffers: whoever waits for one gets None. What is still held stays valid.
+
+        The free buffers are let go here: they and the pool refer to each other,
+        and their memory is too much to leave to the garbage collector.
+        """
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._free.get_nowait()
+        self._free.put(None)
 
 
 def batches(data: Spans, limit: int = BATCH_BYTES) -> Iterator[list[Part]]:

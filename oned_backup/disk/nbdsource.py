@@ -87,17 +87,14 @@ class NbdSource:
         """Fill `view` with the guest's bytes at `offset`; zeros beyond the end of the disk."""
         if self._streaming:
             raise RuntimeError("random access while a pass over the export is running")
-        length = max(0, min(len(view), self._guest_bytes - offset))
-        view[length:] = bytes(len(view) - length)
-        if not length:
-            return
-        handle = self.handle()
-        try:
-            cookie = handle.aio_pread(nbd.Buffer.from_buffer(view[:length]), offset)
-            while not handle.aio_command_completed(cookie):
-                handle.poll(-1)
-        except nbd.Error as error:
-            raise self.failed(f"read of {length} bytes at {offset}", error) from error
+        end = max(0, min(len(view), self._guest_bytes - offset))
+        view[end:] = bytes(len(view) - end)
+        for start in range(0, end, BATCH_BYTES):
+            length = min(BATCH_BYTES, end - start)
+            try:
+                view[start : start + length] = self.handle().pread(length, offset + start)
+            except nbd.Error as error:
+                raise self.failed(f"read of {length} bytes at {offset + start}", error) from error
 
     def handle(self) -> nbd.NBD:
         """The connection; a new one if a pass was given up in the middle."""
@@ -147,6 +144,7 @@ class _Pump:
         self._pool = Pool()
         self._ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._slices = _Slices()
         #: requests in flight: cookie → the batch it reads into
         self._requests: dict[int, Batch] = {}
         #: batches in flight in guest order, each with its number of open requests
@@ -171,6 +169,7 @@ class _Pump:
             thread.join()
             if not done:
                 self._source.drop()
+            self._slices.release()
 
     def _work(self) -> None:
         try:
@@ -207,7 +206,7 @@ class _Pump:
             stop = part.position + length
             if length < part.length:  # the last cluster of a disk of odd size
                 batch.view[stop : part.position + part.length] = bytes(part.length - length)
-            buffer = nbd.Buffer.from_buffer(batch.view[part.position : stop])
+            buffer = self._slices.get(batch, part.position, stop)
             self._requests[handle.aio_pread(buffer, part.offset)] = batch
             self._open[batch] += 1
 
@@ -226,3 +225,28 @@ class _Pump:
             batch = self._order.popleft()
             del self._open[batch]
             self._ready.put(batch)
+
+
+class _Slices:
+    """libnbd's view of each place in each buffer that was ever read into, made once.
+
+    `aio_pread` never gives up its reference to the buffer object (libnbd 1.14),
+    so one per request would add up, and would keep the memory behind it alive.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Batch, int, int], tuple[memoryview, nbd.Buffer]] = {}
+
+    def get(self, batch: Batch, start: int, stop: int) -> nbd.Buffer:
+        """The buffer for these bytes of the batch."""
+        key = (batch, start, stop)
+        if key not in self._known:
+            view = batch.memory[start:stop]
+            self._known[key] = (view, nbd.Buffer.from_buffer(view))
+        return self._known[key][1]
+
+    def release(self) -> None:
+        """Cut the views off from the memory, whoever still refers to them."""
+        for view, _ in self._known.values():
+            view.release()
+        self._known.clear()

@@ -46,8 +46,7 @@ class OrderedFill(Generic[Job]):
                 number += 1
         finally:
             self._stopped = True
-            for _ in self._threads:
-                self._pool.close()
+            self._pool.close()
             for thread in self._threads:
                 thread.join()
 

@@ -56,6 +56,23 @@ def test_memory_does_not_follow_the_data(qemu) -> None:
     assert found["rss_mb"] < 96
 
 
+_PASSES = """
+import gc, sys
+from oned_backup.disk.image import open_export
+gc.disable()
+with open_export(sys.argv[1], "") as view:
+    for _ in range(6):
+        for chunk in view.chunks():
+            pass
+    report()
+"""
+
+
+def test_each_pass_gives_its_buffers_back(qemu) -> None:
+    with qemu.nbdkit("pattern", "size=64M") as socket:
+        assert measured(_PASSES, socket)["rss_mb"] < 96
+
+
 _PLAN = """
 from oned_backup.disk.extents import ExtentPass
 from oned_backup.disk.layout import Layout
