@@ -93,11 +93,16 @@ class Folder:
 
     def write_file(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
         """Write a new file and make its content durable; returns its size in bytes."""
+        from oned_backup.disk.writeback import WriteBehind  # noqa: PLC0415 - readers need no data engine
+
         descriptor = os.open(_component(name), _EXCLUSIVE, 0o600, dir_fd=self.descriptor)
+        behind = WriteBehind(descriptor)
         written = 0
         try:
             for chunk in chunks:
-                written += _write_all(descriptor, chunk)
+                _write_all(descriptor, chunk)
+                behind.wrote(written, len(chunk))
+                written += len(chunk)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -198,11 +203,10 @@ def _move(source: str, target: str, source_dir: int, target_dir: int) -> None:
         raise Conflict(f"{target} exists already") from error
 
 
-def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
+def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
     rest = memoryview(chunk)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-    return len(chunk)
 
 
 def _component(name: str) -> str:
