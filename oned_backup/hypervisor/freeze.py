@@ -93,6 +93,19 @@ def resume_if_noted(domain: Domain, directory: Path) -> None:
             note.unlink(missing_ok=True)
 
 
+def is_paused_by_io_error(domain: Domain) -> bool:
+    """Whether QEMU has stopped the guest because one of its writes failed."""
+    with libvirt_errors(f"domain {domain.name}"):
+        state, reason = domain.handle.state()
+    return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
+
+def resume_after_io_error(domain: Domain) -> None:
+    """Let a guest that QEMU has stopped repeat its write: for when the cause is gone."""
+    if is_paused_by_io_error(domain):
+        _resume(domain)
+
+
 @contextlib.contextmanager
 def _by_agent(domain: Domain, window: Window, timeout_s: float) -> Iterator[None]:
     if not _agent_is_connected(domain):

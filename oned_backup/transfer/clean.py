@@ -18,19 +18,24 @@ from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qem
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
+from oned_backup.transfer import guard
 from oned_backup.transfer.decide import TRACKED_FORMAT
 from oned_backup.transfer.task import BLOCK_SCRATCH_DIR, Task
 
 
-def clean_up(task: Task) -> None:
-    """Remove all of the operation, and all our checkpoints on the VM's disks but the one to keep."""
+def clean_up(task: Task) -> str:
+    """Remove all of the operation, and all our checkpoints on the VM's disks but the one to keep.
+
+    Returns why the job was aborted before its time; empty if it was not.
+    """
+    reason = guard.reason_of_abort(task)
     offline.stop_servers(task.host, task.operation_dir)
     with connected(task.uri) as connection:
         try:
             domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
         except NotFound:
             remove_files(task, ())
-            return
+            return reason
         end_job(task, domain)
         present = domains.disks(domain.xml())
         freeze.resume_if_noted(domain, task.socket_dir)
@@ -40,6 +45,7 @@ def clean_up(task: Task) -> None:
             _remove_strays(task, domain, present)
         else:
             remove_image_bitmaps(task, present, lambda name: name != task.keep_checkpoint)
+    return reason
 
 
 def undo(task: Task) -> None:
@@ -60,7 +66,10 @@ def undo(task: Task) -> None:
 
 def end_job(task: Task, domain: Domain) -> bool:
     """End a backup job of ours, of this operation or of an earlier one that died; False if there is none."""
-    return backup_job.abort(domain, task.socket_dir)
+    ended = backup_job.abort(domain, task.socket_dir)
+    if ended:
+        freeze.resume_after_io_error(domain)  # of its scratch file: now the guest can write
+    return ended
 
 
 def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:

@@ -7,7 +7,7 @@ this process be killed, `clean` undoes it by the names that were fixed beforehan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
 from oned_backup.hypervisor.domain import Domain, find_domain
-from oned_backup.transfer import clean, companions
+from oned_backup.transfer import clean, companions, guard
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import (
     TRACKED_FORMAT,
@@ -57,17 +57,24 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     files = companions.write_definitions(task, domain, source_dir)
     if task.scratch_dir:
         task.scratch_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    blocks = {found.target for _, found in selection.included if found.type == "block"}
+    scratch = {
+        disk.target: task.scratch_path(disk.source, disk.target, is_block=disk.target in blocks)
+        for disk in disks
+    }
+    folders = sorted({path.parent for path in scratch.values()})
+    guard.require_scratch(folders)
     task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
     tracked = [disk.target for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
     others = [disk.target for disk in present if disk.target not in decisions]
     socket = task.operation_dir / "nbd.sock"
-    blocks = {found.target for _, found in selection.included if found.type == "block"}
 
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
     note = task.operation_dir / freeze.NOTE
     with freeze.frozen(domain, mode, timeout_s=task.freeze_timeout_s, note=note) as window:
-        job = _begin(task, domain, _Job(socket, disks, blocks, others, tracked), decisions)
+        job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
 
+    guard.start(task, domain, folders)
     files += companions.write_firmware(task, domain, source_dir)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
@@ -118,7 +125,7 @@ class _Job:
 
     socket: Path
     disks: Sequence[Current]
-    blocks: set[str]
+    scratch: Mapping[str, Path]
     others: Sequence[str]
     tracked: Sequence[str]
 
@@ -134,7 +141,7 @@ def _begin(task: Task, domain: Domain, job: _Job, decisions: dict[str, Decision]
         disks = [
             JobDisk(
                 disk.target,
-                task.scratch_path(disk.source, disk.target, is_block=disk.target in job.blocks),
+                job.scratch[disk.target],
                 task.parent_checkpoint if decisions[disk.target].type is BackupType.INCREMENT else "",
             )
             for disk in job.disks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from oned_backup.runner.run import Invocation, Limits, run_action
 
 DRIVERS = Path(__file__).parents[2] / "drivers"
 INSTALLATION = "0badcafe"
+LIMITS = Limits(deadline_s=60)
 
 
 @dataclass
@@ -87,6 +88,7 @@ class BackedUpVm:
         operation_id: str,
         outcome: Outcome | None = None,
         transfer: str = "stream",
+        limits: Limits = LIMITS,
         **options: str,
     ) -> dict[str, str]:
         """An action of the transfer manager for `backup`."""
@@ -109,7 +111,7 @@ class BackedUpVm:
             },
         )
         invocation = Invocation(self._work(), source_dir=files, transfer=transfer)
-        return self._run(Kind.TM, "qcow2", action, request, invocation)
+        return self._run(Kind.TM, "qcow2", action, request, invocation, limits=limits)
 
     def document(self) -> Vm:
         """The VM's document, brought up to date with the hypervisor."""
@@ -203,7 +205,7 @@ class BackedUpVm:
             assert list(self.socket_dir.iterdir()) == []
         leftovers = [path.name for path in self.directory.rglob(f".oned-backup-{operation_id}*")]
         assert leftovers == []
-        assert qemu_nbd_processes(self.socket_dir) == []
+        wait_for("end of all processes", lambda: not processes(self.socket_dir), timeout_s=10)
         if self.guest.is_active():
             assert not self.guest.has_backup_job()
         kept = {self.points[-1].exports.checkpoint} if self.points else set()
@@ -257,6 +259,8 @@ class BackedUpVm:
         action: str,
         request: Request,
         invocation: Invocation,
+        *,
+        limits: Limits = LIMITS,
     ) -> dict[str, str]:
         driver = find_driver([DRIVERS], kind, name)
         return run_action(
@@ -264,7 +268,7 @@ class BackedUpVm:
             action,
             request,
             invocation,
-            limits=Limits(deadline_s=60),
+            limits=limits,
             log=lambda level, line: self.log.append(f"<{level}> {line}"),
         )
 
@@ -285,23 +289,16 @@ def compare(restored: Path, truth: Path) -> None:
     assert said == "Images are identical.\n"
 
 
-def qemu_nbd_processes(socket_dir: Path) -> list[str]:
-    """The qemu-nbd servers whose sockets lie in the directory."""
-    return [
-        line
-        for line in command("ps", "-eo", "args").splitlines()
-        if line.startswith("qemu-nbd") and str(socket_dir) in line
-    ]
+def processes(socket_dir: Path) -> list[str]:
+    """The servers and watchmen that we have started for operations below the directory."""
+    ours = ("qemu-nbd", "oned_backup.transfer.guard")
+    lines = command("ps", "-eo", "args").splitlines()
+    return [line for line in lines if str(socket_dir) in line and any(name in line for name in ours)]
 
 
 def new_file(guest: Guest, path: str, mib: int) -> None:
     """Write random data in the guest, and have it on the disk."""
     guest.shell(f"dd if=/dev/urandom of={path} bs=1M count={mib} 2>/dev/null; sync")
-
-
-def wait_until_off(guest: Guest) -> None:
-    """Wait for the end of the guest's QEMU."""
-    wait_for("end of the guest", lambda: not guest.is_active())
 
 
 def _host(guest: Guest) -> Host:
@@ -310,6 +307,3 @@ def _host(guest: Guest) -> Host:
     assert template is not None
     xmldoc.fill(template, {"SWTPM_DIR": str(guest.libvirtd.swtpm_dir)})
     return host
-
-
-Options = Mapping[str, str]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libvirt
 import pytest
-from backed_up_vm import INSTALLATION, BackedUpVm, RestorePoint, new_file
+from backed_up_vm import INSTALLATION, BackedUpVm, RestorePoint, command, new_file
 from lab import Guest, Libvirtd, cdrom, data_disk, root_disk, wait_for
 
 from oned_backup import xmldoc
+from oned_backup.contract.exports import Exports
 from oned_backup.contract.request import Outcome
-from oned_backup.errors import Busy, OnedBackupError
+from oned_backup.disk.image import open_export
+from oned_backup.errors import Busy, NoSpace, OnedBackupError
 from oned_backup.hypervisor.backup_job import JobDisk, job_xml
+from oned_backup.runner.run import Limits
 
 pytestmark = pytest.mark.guest
 
@@ -285,6 +289,23 @@ def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) 
     vm.vmm("thaw", DOMAIN=guest.uuid)
 
 
+def test_qemu_of_another_user(short_dir: Path, back_up: BackUp) -> None:
+    directory = short_dir / "guest"
+    directory.mkdir()
+    with Libvirtd(qemu_user="libvirt-qemu") as server:
+        guest = Guest(server, directory, "unprivileged", [data_disk(directory, 16)], boot="disk", agent=False)
+        guest.start()
+        assert Path(f"/proc/{guest.pid}").stat().st_uid != 0
+        vm = back_up(guest)
+        vm.backup()
+        vm.assert_restores("vda")
+        for change in (guest.stop, guest.start):
+            change()
+            assert vm.backup().reason("vda") == "increment"
+            vm.assert_restores("vda")
+        guest.destroy()
+
+
 def test_scratch_is_where_it_was_asked_for(blank_guest: Guest, back_up: BackUp, tmp_path: Path) -> None:
     vm = back_up(blank_guest)
     scratch = tmp_path / "scratch"
@@ -295,3 +316,80 @@ def test_scratch_is_where_it_was_asked_for(blank_guest: Guest, back_up: BackUp, 
     assert seen == [".oned-backup-op-000000000000-vda.scratch"]
     assert list(scratch.iterdir()) == []
     assert point.exports.checkpoint.startswith(f"odb-{INSTALLATION}-")
+
+
+def test_full_scratch_ends_the_backup_and_not_the_guest(
+    make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
+) -> None:
+    guest = make_guest([root_disk(tmp_path), data_disk(tmp_path, 64)])
+    vm = back_up(guest)
+    new_file(guest, "/data/vdb/a", 20)
+    vm.backup()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    # only QEMU sees this file system, so that it fills before the watchman's limit is reached
+    inside = ["nsenter", "--mount", f"--target={guest.pid}"]
+    command(*inside, "mount", "-t", "tmpfs", "-o", "size=2m", "scratch", str(scratch))
+    backup = vm.next_backup()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    place = {"files": lost, "operation_id": "op-00000000dead", "SCRATCH_DIR": str(scratch)}
+    answer = vm.tm("pre_backup_live", backup, **place)
+    disk = Exports.from_xml(xmldoc.parse(answer["EXPORTS"])).disks[1]
+    with open_export(disk.nbd_socket, disk.nbd_export, dirty_bitmap=disk.dirty_bitmap):
+        overwrite = "dd if=/dev/urandom of=/data/vdb/a bs=1M count=20 conv=notrunc,fsync"
+        guest.shell(f"({overwrite}; touch /run/done) </dev/null >/dev/null 2>&1 &")
+        wait_for("end of the job", lambda: not guest.has_backup_job())
+    wait_for("end of the guest's write", lambda: "done" in guest.run("ls", "/run"))
+    keep = vm.points[-1].exports.checkpoint
+    vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE, KEEP_CHECKPOINT=keep)
+    assert any("I/O error" in line for line in vm.log)
+    command(*inside, "umount", str(scratch))
+    vm.assert_nothing_left("op-00000000dead")
+    assert vm.backup().reason("vdb") == "increment"
+    vm.assert_restores("vdb")
+
+
+def test_scratch_space_is_required_before_the_guest_is_frozen(
+    blank_guest: Guest, back_up: BackUp, tmp_path: Path
+) -> None:
+    vm = back_up(blank_guest)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=2m", "scratch", str(scratch))
+    try:
+        with pytest.raises(NoSpace, match="256 MB needed, 2 MB free"):
+            vm.backup(SCRATCH_DIR=str(scratch))
+    finally:
+        command("umount", str(scratch))
+    vm.assert_nothing_left("op-000000000000")
+
+
+def test_killed_at_any_moment_leaves_a_running_guest_and_the_chain(vm: BackedUpVm) -> None:
+    vm.backup()
+    keep = vm.points[-1].exports.checkpoint
+    for number, delay_s in enumerate((0.2, 0.3, 0.4, 0.5, 0.7)):
+        backup = vm.next_backup()
+        operation_id = f"op-0000000dead{number}"
+        lost = vm.directory / operation_id
+        lost.mkdir()
+        with contextlib.suppress(OnedBackupError):  # it may be faster
+            vm.tm(
+                "pre_backup_live",
+                backup,
+                files=lost,
+                operation_id=operation_id,
+                limits=Limits(deadline_s=delay_s, grace_s=0),
+            )
+        vm.tm(
+            "post_backup_live",
+            backup,
+            files=lost,
+            operation_id=operation_id,
+            outcome=Outcome.FAILURE,
+            KEEP_CHECKPOINT=keep,
+        )
+        vm.assert_nothing_left(operation_id)
+        assert vm.checkpoints() == [keep]
+    assert vm.backup().reason("vda") == "increment"
+    vm.assert_restores("vda")

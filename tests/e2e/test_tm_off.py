@@ -9,7 +9,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from backed_up_vm import BackedUpVm, command, new_file, qemu_nbd_processes
+from backed_up_vm import BackedUpVm, command, new_file, processes
 from lab import Guest, data_disk, root_disk
 
 from oned_backup.contract.request import Outcome
@@ -142,7 +142,7 @@ def test_killed_in_the_off_state_and_started_before_the_clean_up(off: BackedUpVm
     lost = off.directory / "lost"
     lost.mkdir()
     off.tm("pre_backup", backup, files=lost, operation_id="op-00000000dead")
-    assert len(qemu_nbd_processes(off.socket_dir)) == 1
+    assert len(processes(off.socket_dir)) == 1
     with pytest.raises(libvirt.libvirtError, match="lock"):
         off.guest.start()  # the image is being read
     for action in ("post_backup_live", "post_backup"):

@@ -33,7 +33,9 @@ class Qcow2(Driver):
 
     def post_backup(self, call: Call) -> None:
         """Nothing is left but the checkpoint to keep, whatever state the domain is in."""
-        clean_up(task_of(call.request))
+        aborted = clean_up(task_of(call.request))
+        if aborted:
+            call.warn(f"the backup job was aborted: {aborted}")
 
     post_backup_live = post_backup
 

@@ -1,0 +1,103 @@
+"""A watchman for scratch space: when it runs out, the backup ends, not the guest.
+
+QEMU stops a guest whose overwritten data it cannot save to the scratch file
+(QEMU 7.2: the write fails, and the domain is paused). So while a job runs, a small
+process looks at the free space where the scratch files lie. Below the limit,
+or should the guest be paused by an I/O error all the same, it aborts the job and
+lets the guest go on. The reader of the export then fails.
+
+It is found and ended like qemu-nbd: by a locked pid file in the operation's
+socket directory. It ends by itself when the job does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from oned_backup.errors import NoSpace, OnedBackupError
+from oned_backup.hypervisor import backup_job, freeze
+from oned_backup.hypervisor.connection import connected
+from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.transfer.task import Task
+
+#: what a fast guest overwrites between two looks, and some more
+MIN_FREE_BYTES = 256 << 20
+
+_INTERVAL_S = 0.25
+_PID_FILE = "guard.pid"
+_NOTE = "aborted"
+
+
+def require_scratch(folders: Iterable[Path]) -> None:
+    """Raise `NoSpace` unless there is room to begin a job with scratch files in these folders."""
+    shortage = _shortage(folders)
+    if shortage:
+        raise NoSpace(shortage, hint="Free some space, or set the scratch directory to another file system.")
+
+
+def start(task: Task, domain: Domain, folders: Iterable[Path]) -> None:
+    """Start the watchman of a job that has begun."""
+    arguments = [task.uri, domain.uuid, str(task.operation_dir), *map(str, folders)]
+    subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def reason_of_abort(task: Task) -> str:
+    """Why the watchman has aborted the operation's job; empty if it has not."""
+    try:
+        return (task.operation_dir / _NOTE).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def watch(uri: str, uuid: str, operation_dir: Path, folders: list[Path]) -> None:
+    """Look until the operation's job has ended; end it if need be."""
+    with connected(uri) as connection:
+        domain = find_domain(connection, uuid, "")
+        while domain.is_active and backup_job.is_beneath(backup_job.current_socket(domain), operation_dir):
+            reason = _shortage(folders)
+            if not reason and freeze.is_paused_by_io_error(domain):
+                reason = "the guest was stopped by an I/O error while its backup ran"
+            if reason:
+                (operation_dir / _NOTE).write_text(reason)
+                backup_job.abort(domain, operation_dir)
+                freeze.resume_after_io_error(domain)
+                return
+            time.sleep(_INTERVAL_S)
+
+
+def _shortage(folders: Iterable[Path]) -> str:
+    """What to say of the first folder with too little room; empty if there is none."""
+    for folder in folders:
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize
+        if free < MIN_FREE_BYTES:
+            return f"scratch in {folder}: {MIN_FREE_BYTES >> 20} MB needed, {free >> 20} MB free"
+    return ""
+
+
+def _main(uri: str, uuid: str, operation: str, *folders: str) -> None:
+    operation_dir = Path(operation)
+    descriptor = os.open(operation_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    watch(uri, uuid, operation_dir, [Path(folder) for folder in folders])
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:])
+    except (OnedBackupError, OSError):
+        sys.exit(1)  # the domain, libvirt or the directory is gone: nothing left to guard
