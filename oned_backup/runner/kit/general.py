@@ -20,9 +20,12 @@ _FEATURE_ACTIONS = {"verify": "verify", "flatten": "increment_flatten", "catalog
 @clause("ALL-01", "driver.toml is valid and the folder cannot be changed by others")
 def manifest_is_valid(bench: Bench) -> None:
     """Loading the driver has shown most of it; a summary is for people."""
-    if not bench.driver.manifest.summary.strip():
-        raise Unmet(f"{bench.driver.folder}/driver.toml: summary is empty")
-    for parameter in bench.driver.manifest.parameters.values():
+    manifest = bench.driver.manifest
+    if not manifest.summary.strip() or manifest.summary.startswith("TODO"):
+        raise Unmet(f"{bench.driver.folder}/driver.toml: summary is still to be written")
+    if manifest.name != bench.driver.folder.name:
+        raise Unmet(f"{bench.driver.folder}/driver.toml: name is {manifest.name!r}, unlike the folder's")
+    for parameter in manifest.parameters.values():
         if not parameter.help.strip():
             raise Unmet(f"{bench.driver.folder}/driver.toml: [parameters.{parameter.name}] has no help")
 
