@@ -27,7 +27,7 @@ check: setup ## linters, types, layers
 
 bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
 	@share/setup.sh lab bench
-	@$(PYTHON) -m tests.bench $(if $(QUICK),--quick)
+	@PYTHONPATH=share/lab $(PYTHON) -m tests.bench $(if $(QUICK),--quick)
 
 format: setup ## rewrite the code in the project's format
 	@$(PYTHON) -m ruff check --fix .

@@ -14,14 +14,26 @@ import libvirt
 from .machines import Machine
 
 
-def timed(argv: list[str]) -> float:
-    """Seconds that a command took; its complaint is raised if it fails."""
+def timed(argv: list[str], *, durable: Path | None = None) -> float:
+    """Seconds that a command took, with what it wrote made durable; its complaint is raised if it fails.
+
+    We end with fsync, so what is compared with us must be durable too.
+    """
     started = time.monotonic()
     done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if durable is not None:
+        for path in [durable, *durable.rglob("*")]:
+            _sync(path)
     elapsed = time.monotonic() - started
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: exit {done.returncode}: {done.stderr[-2000:]}")
     return elapsed
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class Push:
@@ -44,14 +56,13 @@ class Push:
               <driver type='qcow2'/><target file='{target}'/></disk>
           </disks></domainbackup>"""
         checkpoint = f"""<domaincheckpoint><name>bench-{self._number}</name><disks>
-            <disk name='vda' checkpoint='no'/><disk name='vdb' checkpoint='bitmap'/></disks></domaincheckpoint>"""
+            <disk name='vda' checkpoint='no'/>
+            <disk name='vdb' checkpoint='bitmap'/></disks></domaincheckpoint>"""
         started = time.monotonic()
         domain.backupBegin(backup, checkpoint, 0)
         while domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE:
             time.sleep(0.005)
-        descriptor = os.open(target, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _sync(target)
         elapsed = time.monotonic() - started
         if not domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED).get("success", True):
             raise RuntimeError("push-mode backup failed")
@@ -75,24 +86,17 @@ class VirtNbdBackup:
         uri = self._machine.guest.uri
         return timed(
             ["virtnbdbackup", "-U", uri, "-d", self._machine.name, "-l", "full" if full else "inc",
-             "-i", "vdb", "-o", str(self.directory)]
+             "-i", "vdb", "-o", str(self.directory)],
+            durable=self.directory,
         )  # fmt: skip
 
     def restore(self, target: Path) -> float:
         """Seconds to restore everything that was backed up to a qcow2."""
         shutil.rmtree(target, ignore_errors=True)
+        uri = self._machine.guest.uri
         return timed(
-            [
-                "virtnbdrestore",
-                "-U",
-                self._machine.guest.uri,
-                "-a",
-                "restore",
-                "-i",
-                str(self.directory),
-                "-o",
-                str(target),
-            ]
+            ["virtnbdrestore", "-U", uri, "-a", "restore", "-i", str(self.directory), "-o", str(target)],
+            durable=target,
         )
 
     def _forget_checkpoints(self) -> None:
@@ -111,17 +115,15 @@ def convert_chain(files: list[Path], target: Path) -> float:
             node["backing"] = chain
         chain = node
     return timed(
-        ["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", f"json:{json.dumps(chain)}", str(target)]
+        ["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", f"json:{json.dumps(chain)}", str(target)],
+        durable=target,
     )
 
 
 def copy_file(source: Path, target: Path) -> float:
     """Seconds for cp to copy the same bytes, without a reflink, and make them durable."""
     target.unlink(missing_ok=True)
-    started = time.monotonic()
-    timed(["cp", "--reflink=never", "--", str(source), str(target)])
-    timed(["sync", str(target)])
-    return time.monotonic() - started
+    return timed(["cp", "--reflink=never", "--", str(source), str(target)], durable=target)
 
 
 def nbdcopy(source: Path, target: Path) -> float:
