@@ -9,6 +9,7 @@ import typer
 
 from oned_backup.cli import output
 from oned_backup.cli.session import Json, key_values, settings_file
+from oned_backup.contract.actions import Kind
 from oned_backup.errors import DriverBug, OnedBackupError
 
 app = typer.Typer(help="Drivers: list, check, begin a new one.", no_args_is_help=True)
@@ -97,7 +98,7 @@ def check(
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Name of the driver and its folder.")],
-    kind: Annotated[str, typer.Option(help="datastore, tm or vmm.")] = "datastore",
+    kind: Annotated[Kind, typer.Option(help="The layer that it is for.")] = Kind.DATASTORE,
     directory: Annotated[Path, typer.Option(help="Where to make the folder.")] = Path(),
     *,
     shell: Annotated[bool, typer.Option("--shell", help="In shell instead of Python.")] = False,

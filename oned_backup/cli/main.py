@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from oned_backup import __version__
@@ -36,6 +35,8 @@ app.add_typer(operation.app, name="operation")
 app.add_typer(driver.app, name="driver")
 
 _INTERRUPTED = 130
+#: Click's class, whether this Typer uses the package or brings its own
+_UsageError: Any = typer.BadParameter.__base__
 
 
 @app.callback(invoke_without_command=True)
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> int:
     """Run a command line; its exit code."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="oned-backup")
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain again at the end.
@@ -96,10 +97,10 @@ def _complain(error: Exception) -> int:
     hint: str | None
     if isinstance(error, OnedBackupError):
         text, hint, code = error.message, error.hint, error.exit_code
-    elif isinstance(error, click.ClickException):
+    elif isinstance(error, _UsageError):
         where = getattr(error, "ctx", None)
         path = "oned-backup" if where is None else where.command_path
-        text, hint, code = error.format_message(), f"See: {path} --help", InvalidInput.exit_code
+        text, hint, code = error.format_message().rstrip("."), f"See: {path} --help", InvalidInput.exit_code
     else:
         text = f"internal error: {type(error).__name__}: {error}"
         hint, code = "ODB_DEBUG=1 shows where.", OnedBackupError.exit_code

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from oned_backup import xmldoc
+from oned_backup.contract.actions import Kind
 from oned_backup.contract.exports import BackupType, Exports
 from oned_backup.contract.request import Backup, Outcome
 from oned_backup.contract.result import document
@@ -100,6 +101,7 @@ def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
     )
     if chain.explanation:
         context.note(chain.explanation)
+    driver = services.driver(Kind.DATASTORE, services.datastore(chain.datastore_id).ds_mad)
     now = services.clock()
     backup_id = new_backup_id(now)
     parent = last_good_parent(vm.config, images)
@@ -107,6 +109,7 @@ def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
     return BackupPlan(
         vm_id=vm.id,
         live=live,
+        transfer="stream" if "stream" in driver.manifest.features else "staged",
         datastore_id=chain.datastore_id,
         image_id=chain.image_id,
         backup_id=backup_id,
@@ -170,7 +173,7 @@ def _chain_id(context: Context, plan: BackupPlan) -> str:
 def _prepare(context: Context) -> Mapping[str, Any]:
     plan = plan_of(context)
     vm = context.services.vm(plan.vm_id)
-    answer = context.caller_with_source().tm(
+    answer = context.backup_caller(plan.transfer).tm(
         "pre_backup_live" if plan.live else "pre_backup",
         vm.tm_mad,
         backup=plan.backup(_chain_id(context, plan)),
@@ -209,7 +212,7 @@ def _store(context: Context) -> Mapping[str, Any]:
             checkpoint=plan.checkpoint,
         )
     try:
-        answer = context.caller_with_source().datastore(
+        answer = context.backup_caller(plan.transfer).datastore(
             "backup",
             services.datastore(plan.datastore_id),
             backup=backup,
@@ -256,7 +259,7 @@ def _clean(context: Context, outcome: Outcome) -> None:
     services = context.services
     vm = services.vm(plan.vm_id)
     keep = plan.checkpoint if outcome is Outcome.SUCCESS else plan.old_checkpoint
-    context.caller_with_source().tm(
+    context.backup_caller(plan.transfer).tm(
         "post_backup_live" if plan.live else "post_backup",
         vm.tm_mad,
         outcome=outcome,

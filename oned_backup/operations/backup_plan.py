@@ -16,6 +16,8 @@ class BackupPlan:
 
     vm_id: int
     live: bool
+    #: how the datastore's driver wants the disks: `stream` or `staged`
+    transfer: str
     datastore_id: int
     image_id: int | None
     backup_id: str

@@ -84,11 +84,11 @@ class Context:
             budget_until=self.budget_until,
         )
 
-    def caller_with_source(self) -> Caller:
-        """A caller whose drivers see the directory of the backup's small files."""
+    def backup_caller(self, transfer: str) -> Caller:
+        """A caller whose drivers see the directory of the backup's files."""
         source = self.work_dir / "source"
         source.mkdir(mode=0o700, exist_ok=True)
-        return replace(self.caller, source_dir=source)
+        return replace(self.caller, source_dir=source, transfer=transfer)
 
     def note(self, text: str) -> None:
         """Tell the user something that is no failure."""

@@ -98,6 +98,8 @@ class Caller:
     log: Log | None = None
     lock_fd: int | None = None
     source_dir: Path | None = None
+    #: `stream`, or `staged` where the datastore's driver wants files
+    transfer: str = "stream"
     budget_until: float | None = None
 
     def datastore(self, action: str, datastore: Datastore, **fields: Any) -> dict[str, str]:
@@ -141,6 +143,7 @@ class Caller:
             work_root=self.services.settings.work_dir,
             source_dir=self.source_dir,
             secrets=opened,
+            transfer=self.transfer,
             lock_fd=self.lock_fd,
         )
         return self.services.run_action(

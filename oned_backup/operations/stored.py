@@ -29,9 +29,11 @@ def sections_for(services: Services, image: Image) -> dict[str, Any]:
     an import into another catalogue that may not be its number here.
     """
     vm_id = stored_vm_id(services, image)
-    element = xmldoc.copy(services.vm(image.vm_id).element)
-    xmldoc.put(element, "ID", vm_id)
-    return {"image": image.element, "vm": element}
+    vm = xmldoc.copy(services.vm(image.vm_id).element)
+    xmldoc.put(vm, "ID", vm_id)
+    stored = xmldoc.copy(image.element)
+    xmldoc.put(stored, "VMS", {"ID": vm_id})
+    return {"image": stored, "vm": vm}
 
 
 def stored_vm_id(services: Services, image: Image) -> int:

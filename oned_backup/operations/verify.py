@@ -124,7 +124,7 @@ def _judge(context: Context) -> None:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise DataCorrupt(
             f"image {context.integer('image_id')}: backup {backup_id}: {name}: {text}{more}",
-            hint="Earlier restore points are whole; see `oned-backup image show`.",
+            hint="`oned-backup image show` tells which restore points are whole.",
         )
 
 

@@ -168,6 +168,24 @@ class World:
         run_operation(KINDS[kind], context)
         return journal.get(operation.id)
 
+    def add_vm(self, name: str, domain: str) -> int:
+        """A further running VM on host 0; its id."""
+        element = self.services.store.create(
+            "vm",
+            lambda vm_id: (
+                new_vm(
+                    vm_id,
+                    name=name,
+                    placement=Placement(0, "local"),
+                    domain=xmldoc.parse(domain),
+                    state=DomainState.RUNNING,
+                    capacity_bytes={"vda": GIB},
+                    date=1,
+                ).element
+            ),
+        )
+        return xmldoc.integer(element, "ID")
+
     def run_queued(self) -> None:
         """Run what operations have queued themselves."""
         while (operation := self.services.store.journal.claim()) is not None:
@@ -202,23 +220,11 @@ def world(tmp_path: Path, empty_database: Path) -> Iterator[World]:
         services = Services(store, settings, SecretBox.open(settings.state_dir / "key"), drivers)
         store.create("host", lambda host_id: new_host(host_id, name="local").element)
         store.create(
-            "vm",
-            lambda vm_id: (
-                new_vm(
-                    vm_id,
-                    name="web",
-                    placement=Placement(0, "local"),
-                    domain=xmldoc.parse(DOMAIN),
-                    state=DomainState.RUNNING,
-                    capacity_bytes={"vda": GIB},
-                    date=1,
-                ).element
-            ),
-        )
-        store.create(
             "datastore",
             lambda number: (
                 new_datastore(number, name="b", ds_mad="fs", parameters={"BASE_PATH": str(tmp_path)}).element
             ),
         )
-        yield World(services, drivers)
+        world = World(services, drivers)
+        world.add_vm("web", DOMAIN)
+        yield world

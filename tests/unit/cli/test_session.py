@@ -1,0 +1,244 @@
+"""The operator's commands against a real daemon, with the dummy hypervisor and the fs store."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oned_backup.model.manifest import parse_manifest
+
+from .conftest import Stack
+
+
+def test_backup_verify_restore(stack: Stack, tmp_path: Path) -> None:
+    listed = stack.ok("vm", "list", "--json").json
+    assert [(vm["name"], vm["backups"], vm["last_backup"]) for vm in listed] == [
+        ("db", 0, None),
+        ("web", 0, None),
+    ]
+    said = stack.ok("vm", "backup", "web").out
+    assert "image 0, increment 0 (FULL" in said
+    assert "vda FULL (first-backup)" in said
+    assert stack.ok("vm", "list", "--json").json[1]["last_backup"]["image_id"] == 0
+    assert "1 backups whole" in stack.ok("image", "verify", "0").out
+    assert stack.ok("vm", "list", "--json").json[1]["last_verified_at"] is not None
+    target = tmp_path / "restored"
+    stack.ok("image", "restore", "0", "--to", str(target), "--format", "raw")
+    assert (target / "disk.0.raw").read_bytes() == stack.disk("web").read_bytes()
+    assert sorted(path.name for path in target.iterdir()) == ["disk.0.raw", "domain.xml", "vm.xml"]
+    assert stat.S_IMODE((target / "domain.xml").stat().st_mode) == 0o600
+
+
+def test_a_restore_replaces_nothing(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "web")
+    target = tmp_path / "restored"
+    target.mkdir()
+    (target / "disk.0.qcow2").write_text("precious")
+    refused = stack("image", "restore", "0", "--to", str(target))
+    assert refused.code == 4
+    assert refused.err.splitlines()[0].endswith("disk.0.qcow2 exists already")
+    assert [path.name for path in target.iterdir()] == ["disk.0.qcow2"]
+    assert (target / "disk.0.qcow2").read_text() == "precious"
+
+
+def test_download_to_file_and_stdout(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "db")
+    (disk,) = stack.ok("image", "ls", "0", "--json").json
+    stack.ok("download", disk["url"], str(tmp_path / "db.copy"))
+    expected = stack.disk("db").read_bytes()
+    assert (tmp_path / "db.copy").read_bytes() == expected
+    again = stack("download", disk["url"], str(tmp_path / "db.copy"))
+    assert again.code == 4
+    assert "--overwrite" in again.err
+    stack.ok("download", disk["url"], str(tmp_path / "db.copy"), "--overwrite")
+    program = [sys.executable, "-m", "oned_backup", "--config", str(stack.daemon.config)]
+    streamed = subprocess.run([*program, "download", disk["url"], "-"], capture_output=True, check=False)
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout == expected
+
+
+def test_damage_is_found_named_and_ends_the_chain(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "web")
+    (stored,) = stack.store.glob("*/2*/disk.0.0")
+    data = bytearray(stored.read_bytes())
+    data[-100] ^= 1
+    stored.write_bytes(data)
+    found = stack("image", "verify", "0")
+    assert found.code == 65
+    assert "disk.0.0" in found.err
+    assert "oned-backup: image 0: backup " in found.err
+    assert "note: the damaged chain is closed" in found.err
+    shown = stack.ok("image", "show", "0", "--json").json
+    assert shown["state"] == "BROKEN"
+    assert shown["increments"][0]["state"] == "BROKEN"
+    assert "disk.0.0" in shown["increments"][0]["failure"]
+    refused = stack("image", "restore", "0", "--to", str(tmp_path / "out"))
+    assert refused.code == 65
+    assert not (tmp_path / "out").exists()
+    saved = stack("image", "restore", "0", "--to", str(tmp_path / "out"), "--salvage")
+    assert saved.code == 79, saved
+    assert (tmp_path / "out" / "disk.0.qcow2").exists()
+    again = stack.ok("vm", "backup", "web", "--json").json["result"]
+    assert again["image_id"] == 1
+    assert stack.ok("image", "verify", "1").code == 0
+
+
+def test_a_lost_catalogue_is_rebuilt_from_the_store(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "set", "web", "MODE=FULL")
+    for name in ("web", "db", "web"):
+        stack.ok("vm", "backup", name)
+    before = {path.parent.name for path in stack.store.glob("*/*/manifest.json")}
+    assert stack.daemon.end() == 0
+    for path in (tmp_path / "state").glob("*"):
+        path.unlink() if path.is_file() else None
+    stack.daemon.start()
+    assert stack.ok("image", "list", "--json").json == []
+    stack.ok("datastore", "create", "found", "--driver", "fs", f"BASE_PATH={stack.store}")
+    said = stack.ok("datastore", "import", "found").out
+    assert said == "3 backups imported into 3 images, 2 new VMs; 0 backups were known\n"
+    images = stack.ok("image", "list", "--json").json
+    known = {
+        point["backup_id"]
+        for image in images
+        for point in stack.ok("image", "show", str(image["id"]), "--json").json["increments"]
+    }
+    assert known == before
+    assert stack.ok("datastore", "import", "found").out.endswith("3 backups were known\n")
+    assert {vm["state"] for vm in stack.ok("vm", "list", "--json").json} == {"DONE"}
+    newest = max(images, key=lambda image: image["id"])
+    stack.ok("image", "verify", str(newest["id"]))
+    stack.ok("image", "restore", str(newest["id"]), "--to", str(tmp_path / "out"), "--format", "raw")
+    assert (tmp_path / "out" / "disk.0.raw").read_bytes() == stack.disk("web").read_bytes()
+    root = stack.host.root
+    stack.ok("host", "add", "lab", "--uri", f"dummy://{root}", "--vmm", "dummy", "--tm", "dummy")
+    adopted = stack.ok("vm", "import", "lab", "--all", "--json").json
+    assert {vm["result"] for vm in adopted} == {"adopted"}
+    assert stack.ok("vm", "backup", "web").code == 0
+
+
+def test_delete_forgets_and_removes(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    refused = stack("datastore", "delete", "store")
+    assert refused.code == 4
+    stack.ok("image", "delete", "0")
+    assert list(stack.store.glob("*/2*")) == []
+    assert stack("image", "show", "0").code == 66
+    stack.ok("datastore", "delete", "store")
+    assert (stack.store / ".oned-backup-store").exists()
+
+
+def test_two_vms_are_backed_up_side_by_side(shared: Stack) -> None:
+    first = shared.ok("vm", "backup", "web", "--no-wait").out.strip()
+    second = shared.ok("vm", "backup", "db", "--no-wait").out.strip()
+    for operation in (first, second):
+        assert shared.ok("operation", "show", operation, "--wait", "--json").json["state"] == "DONE"
+
+
+def test_nothing_to_cancel(shared: Stack) -> None:
+    refused = shared("vm", "backup-cancel", "web")
+    assert refused.code == 4
+    assert refused.err == "oned-backup: VM 1: no backup in progress\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["vm", "show", "nobody"], 66, "there is no VM 'nobody'"),
+        (["vm", "set", "web", "FS_FREEZE=MAYBE"], 2, "FS_FREEZE=MAYBE is not valid"),
+        (["vm", "set", "web", "COLOUR=red"], 2, "COLOUR"),
+        (["vm", "set", "web", "KEEP_LAST"], 2, "'KEEP_LAST' is not KEY=VALUE"),
+        (["vm", "import", "lab"], 2, "name the domains"),
+        (["vm", "import", "lab", "ghost"], 66, "no domain 'ghost'"),
+        (["datastore", "create", "x", "--driver", "fs"], 2, "BASE_PATH is missing"),
+        (["datastore", "create", "x", "--driver", "tape"], 66, "no datastore driver 'tape'"),
+        (["datastore", "create", "x", "--driver", "fs", "BASE_PATH=/nowhere/at/all"], 69, "is not there"),
+        (["download", "nonsense", "/nowhere/x"], 2, "not a pseudo-URL"),
+        (["operation", "show", "op-none"], 66, "there is no operation op-none"),
+        (["image", "restore", "9", "--to", "/nowhere/x"], 66, "there is no image 9"),
+        (["host", "add", "x", "--uri", "dummy:///none", "--vmm", "dummy", "--tm", "dummy"], 69, "not there"),
+        (["vm", "frobnicate"], 2, "No such command"),
+        (["image", "show", "NaN"], 2, "IMAGE"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(shared: Stack, arguments: list[str], code: int, text: str) -> None:
+    ran = shared(*arguments)
+    assert ran.code == code, ran
+    first, *rest = ran.err.splitlines()
+    assert first.startswith("oned-backup: ")
+    assert text in first
+    assert len(rest) <= 1
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+
+
+def test_tables_fit_80_columns(shared: Stack) -> None:
+    shared.ok("vm", "backup", "web")
+    for command in (
+        ["vm", "list"],
+        ["vm", "show", "web"],
+        ["image", "list"],
+        ["image", "show", "0"],
+        ["host", "list"],
+        ["datastore", "list"],
+        ["operation", "list"],
+        ["driver", "list"],
+    ):
+        lines = shared.ok(*command).out.splitlines()
+        assert lines
+        assert max(len(line) for line in lines if "00000" not in line and "/" not in line) <= 80, command
+
+
+def test_vm_show_tells_why_a_disk_is_left_out(shared: Stack) -> None:
+    shared.ok("vm", "set", "web", "DISK_IDS=0")
+    (disk,) = shared.ok("vm", "show", "web", "--json").json["disks"]
+    assert disk["included"] is True
+    refused = shared("vm", "set", "web", "DISK_IDS=7")
+    assert refused.code == 2
+    assert "has no disk 7" in refused.err
+
+
+def test_the_socket_is_private(shared: Stack) -> None:
+    run_dir = shared.daemon.directory / "run"
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o711
+    assert stat.S_IMODE((run_dir / "api").stat().st_mode) == 0o700
+    assert stat.S_IMODE((run_dir / "api/daemon.sock").stat().st_mode) == 0o600
+    assert stat.S_IMODE((shared.daemon.directory / "state").stat().st_mode) == 0o700
+
+
+def test_one_daemon_for_a_state_directory(shared: Stack) -> None:
+    program = [sys.executable, "-m", "oned_backup", "--config", str(shared.daemon.config), "serve"]
+    second = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 4, second
+    shared.ok("host", "list")
+
+
+def test_a_killed_daemon_comes_back(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    assert stack.daemon.end(signal.SIGKILL) == -signal.SIGKILL
+    unreachable = stack("host", "list")
+    assert unreachable.code == 5
+    assert "oned-backup serve" in unreachable.err
+    stack.daemon.start()
+    assert stack.ok("vm", "list", "--json").json[1]["backups"] == 1
+    assert stack.daemon.end() == 0
+    assert not (stack.daemon.directory / "run/api/daemon.sock").exists()
+
+
+def test_a_document_of_each_kind_in_json(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    image = stack.ok("image", "show", "0", "--json").json
+    assert image["document"]["TYPE"] == "6"
+    assert stack.ok("vm", "show", "1", "--json").json["document"]["BACKUPS"]["BACKUP_IDS"]["ID"] == ["0"]
+    assert stack.ok("datastore", "show", "store", "--json").json["document"]["DS_MAD"] == "fs"
+    operations = stack.ok("operation", "list", "--json").json
+    shown = stack.ok("operation", "show", operations[0]["id"], "--json").json
+    assert [step["name"] for step in shown["steps"]] == ["PLAN", "PREPARE", "STORE", "RECORD", "CLEAN"]
+    (manifest,) = stack.store.glob("*/2*/manifest.json")
+    assert parse_manifest(manifest.read_text()).id == image["increments"][0]["backup_id"]
+    assert json.loads(json.dumps(shown)) == shown

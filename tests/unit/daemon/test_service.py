@@ -1,0 +1,140 @@
+"""The pool: who runs beside whom, who waits, and how everything ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from oned_backup.contract.request import Request
+from oned_backup.daemon import requests
+from oned_backup.daemon.service import Service
+from oned_backup.errors import Conflict
+from oned_backup.model.vm import Vm
+from oned_backup.store import OperationState
+from tests.unit.operations.conftest import DOMAIN, World
+
+FINAL = {OperationState.DONE, OperationState.FAILED, OperationState.CANCELLED}
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+class Gate:
+    """Holds `backup` actions until it is opened, and counts who is inside."""
+
+    def __init__(self, world: World) -> None:
+        self.inside: Counter[int] = Counter()
+        self.most = 0
+        self._open = threading.Event()
+        self._lock = threading.Lock()
+        self._usual = world.drivers._backup
+        world.drivers.answers["backup"] = self.hold
+        world.drivers.answers["dump_xml"] = self._dump_xml
+
+    def hold(self, request: Request) -> dict[str, str]:
+        assert request.vm is not None
+        vm_id = Vm(request.vm).id
+        with self._lock:
+            self.inside[vm_id] += 1
+            self.most = max(self.most, self.inside.total())
+        assert self._open.wait(20)
+        with self._lock:
+            self.inside[vm_id] -= 1
+        return self._usual(request)
+
+    def _dump_xml(self, request: Request) -> dict[str, str]:
+        number = request.options["DOMAIN"][-1] if request.options["DOMAIN"][-2] == "1" else ""
+        domain = DOMAIN.replace("9a1c2b3d-0000-4000-8000-000000000001", request.options["DOMAIN"])
+        domain = domain.replace(">web<", f">web{number}<").replace("\n", " ")
+        return {"DOMAIN": domain, "STATE": "RUNNING", "CAPACITY": ""}
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def all_ended(service: Service) -> bool:
+    return all(entry.state in FINAL for entry in service.services.store.journal.list())
+
+
+def test_vms_run_side_by_side_up_to_the_hosts_limit(world: World, service: Service, vms: list[int]) -> None:
+    gate = Gate(world)
+    queued = [requests.backup(service, vm_id) for vm_id in vms]
+    service.start()
+    until(lambda: gate.inside.total() == 2)
+    waiting = [service.services.store.journal.get(entry.id) for entry in queued[2:]]
+    assert [entry.state for entry in waiting] == [OperationState.QUEUED] * 2
+    gate.open()
+    until(lambda: all_ended(service))
+    assert gate.most == service.settings.workers_per_host == 2
+    states = {entry.state for entry in service.services.store.journal.list(kind="backup")}
+    assert states == {OperationState.DONE}
+
+
+def test_one_operation_a_vm(world: World, service: Service) -> None:
+    world.run("backup", vm_id=0)
+    gate = Gate(world)
+    first = requests.backup(service, 0)
+    second = requests.verify(service, 0, {})
+    service.start()
+    until(lambda: gate.inside[0] == 1)
+    blocked = service.services.store.journal.get(second.id)
+    assert blocked.state is OperationState.QUEUED
+    assert requests.waits_for(service, blocked) is not None
+    with pytest.raises(Conflict, match=first.id):
+        requests.backup(service, 0)
+    with pytest.raises(Conflict, match="active backup"):
+        requests.delete(service, 0)
+    gate.open()
+    until(lambda: all_ended(service))
+
+
+def test_cancelling_what_is_queued_and_what_runs(world: World, service: Service, vms: list[int]) -> None:
+    gate = Gate(world)
+    running, queued = (requests.backup(service, vm_id) for vm_id in vms[:2])
+    requests.cancel_backup(service, vms[1])
+    assert service.services.store.journal.get(queued.id).state is OperationState.CANCELLED
+    service.start()
+    until(lambda: gate.inside[0] == 1)
+    requests.cancel_backup(service, 0)
+    gate.open()
+    until(lambda: all_ended(service))
+    assert service.services.store.journal.get(running.id).state is OperationState.CANCELLED
+    with pytest.raises(Conflict, match="no backup in progress"):
+        requests.cancel_backup(service, 0)
+
+
+def test_waiting_for_progress(service: Service) -> None:
+    operation = requests.backup(service, 0)
+    service.start()
+    versions, seen = [], 0
+    view = service.services.store.journal.get(operation.id)
+    while not view.state.is_final:
+        view, seen = service.wait_for(operation.id, seen, 5)
+        versions.append(seen)
+    assert len(versions) > 2
+    assert versions == sorted(versions)
+    assert service.wait_for(operation.id, seen, 5)[0].state is OperationState.DONE
+
+
+def test_a_stop_does_not_wait_for_ever(world: World, vms: list[int]) -> None:
+    settings = world.services.settings.model_copy(update={"stop_s": 0.2})
+    service = Service(replace(world.services, settings=settings))
+    gate = Gate(world)
+    operation = requests.backup(service, vms[0])
+    service.start()
+    until(lambda: gate.inside[0] == 1)
+    began = time.monotonic()
+    assert service.stop() is False
+    assert time.monotonic() - began < 5
+    assert service.services.store.journal.get(operation.id).state is OperationState.RUNNING
+    gate.open()
+    until(lambda: service.services.store.journal.get(operation.id).state.is_final)

@@ -1,0 +1,148 @@
+"""A restore that fails leaves nothing of its own, and touches nothing of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oned_backup import xmldoc
+from oned_backup.contract.documents import RestorePlan, StoredDisk
+from oned_backup.contract.request import Request
+from oned_backup.errors import DataCorrupt, DriverFailed, NoSpace
+from oned_backup.runner.run import Cancellation
+from oned_backup.store import OperationState
+
+from .conftest import DOMAIN, World
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+@pytest.fixture
+def stored(world: World) -> World:
+    """The world with one backup, and a store that gives it back."""
+    world.run("backup", vm_id=0)
+
+    def plan(_request: Request) -> dict[str, str]:
+        disk = StoredDisk(0, "fs://100/-/0:x/0/disk.0", 1024, "disk.0.0")
+        files = (("domain.xml", DOMAIN.encode()), ("nvram.fd", b"secret variables"))
+        return {"PLAN": xmldoc.serialize(RestorePlan("x", 0, (disk,), files).to_xml())}
+
+    def restore(request: Request) -> dict[str, str]:
+        if request.datastore is not None:
+            return plan(request)
+        Path(request.options["PATH"]).rename(request.options["TARGET"])
+        return {"PATH": request.options["TARGET"]}
+
+    def download(request: Request) -> dict[str, str]:
+        Path(request.options["TARGET"]).write_bytes(b"disk")
+        return {}
+
+    world.drivers.answers |= {"restore": restore, "download": download}
+    world.drivers.answers["define"] = lambda _request: {"DEPLOY_ID": "web-restored-1"}
+    backup_id = world.services.store.backups()[0].backup_id
+    usual = world.drivers.answers["restore"]
+    world.drivers.answers["restore"] = lambda request: {
+        key: value.replace("<BACKUP_ID>x<", f"<BACKUP_ID>{backup_id}<")
+        for key, value in usual(request).items()
+    }
+    return world
+
+
+def test_all_that_is_restored_has_its_name(stored: World, tmp_path: Path) -> None:
+    target = tmp_path / "deep/er"
+    done = stored.run("restore", image_id=0, to=str(target), define_host_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert names(target) == ["disk.0.qcow2", "domain.xml", "nvram.fd"]
+    assert done.result["deploy_id"] == "web-restored-1"
+    (define,) = stored.drivers.requests("define")
+    assert str(target / "disk.0.qcow2") in define.options["DOMAIN"]
+    assert "web-restored-1" in define.options["DOMAIN"]
+
+
+@pytest.mark.parametrize("action", ["download", "restore", "define"])
+def test_a_failure_leaves_nothing(stored: World, tmp_path: Path, action: str) -> None:
+    error = DriverFailed("broken")
+    # `restore` is the store's plan first, and then the transfer manager's placing
+    stored.drivers.script[action] = [None, error] if action == "restore" else [error]
+    failed = stored.run("restore", image_id=0, to=str(tmp_path / "deep/er"), define_host_id=0)
+    assert failed.state is OperationState.FAILED
+    assert not (tmp_path / "deep").exists()
+
+
+def test_files_of_others_are_left_alone(stored: World, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("precious")
+
+    def somebody_else(_request: Request) -> None:
+        (target / "domain.xml").write_text("theirs")
+
+    stored.drivers.script["download"] = [somebody_else]
+    failed = stored.run("restore", image_id=0, to=str(target))
+    assert json.loads(failed.error)["code"] == "Conflict"
+    assert names(target) == ["domain.xml", "mine"]
+    assert (target / "domain.xml").read_text() == "theirs"
+
+
+def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path) -> None:
+    def defined_but_killed(_request: Request) -> None:
+        stored.drivers.answers["monitor"] = lambda _request: {
+            "DOMAINS": "<DOMAINS><DOMAIN><NAME>web-restored-1</NAME><UUID>u</UUID>"
+            "<STATE>OFF</STATE></DOMAIN></DOMAINS>"
+        }
+        raise DriverFailed("killed")
+
+    stored.drivers.script["define"] = [defined_but_killed]
+    failed = stored.run("restore", image_id=0, to=str(tmp_path / "out"), define_host_id=0)
+    assert failed.state is OperationState.FAILED
+    assert "they are kept" in failed.result["notes"][0]
+    assert names(tmp_path / "out") == ["disk.0.qcow2", "domain.xml", "nvram.fd"]
+
+
+def test_cancelled_in_the_middle(stored: World, tmp_path: Path) -> None:
+    cancellation = Cancellation()
+    stored.drivers.script["download"] = [lambda _request: cancellation.cancel()]
+    ended = stored.run("restore", cancellation=cancellation, image_id=0, to=str(tmp_path / "out"))
+    assert ended.state is OperationState.CANCELLED
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [DataCorrupt("disk 0: bad"), NoSpace("full")])
+def test_what_no_retry_can_help_is_not_retried(
+    stored: World, tmp_path: Path, error: DataCorrupt | NoSpace
+) -> None:
+    stored.drivers.script["download"] = [error]
+    failed = stored.run("restore", image_id=0, to=str(tmp_path / "out"))
+    assert json.loads(failed.error)["code"] == type(error).__name__
+    assert stored.drivers.actions.count("download") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _to: {"to": "relative"},
+        lambda to: {"to": f"{to}/../x"},
+        lambda to: {"to": to, "format": "vmdk"},
+        lambda to: {"to": to, "increment_id": 5},
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_made(
+    stored: World, tmp_path: Path, change: Callable[[str], dict[str, object]]
+) -> None:
+    failed = stored.run("restore", image_id=0, **change(str(tmp_path / "out")))
+    assert json.loads(failed.error)["code"] in {"InvalidInput", "NotFound"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_secret_gets_into_the_journal(stored: World, tmp_path: Path) -> None:
+    done = stored.run("restore", image_id=0, to=str(tmp_path / "out"))
+    journal = stored.services.store.journal
+    text = str([(step.data, step.result) for step in journal.steps(done.id)])
+    assert "secret variables" not in text
+    assert "c2VjcmV0" not in text
+    assert not (stored.services.settings.work_dir / done.id).exists()
