@@ -22,6 +22,7 @@ from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain
 
 _ABORT_TIMEOUT_S = 60.0
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,12 @@ def is_beneath(socket: Path | None, directory: Path) -> bool:
 def abort(domain: Domain, socket_dir: Path) -> bool:
     """End the backup job whose socket lies beneath `socket_dir`; False if there is none.
 
-    Somebody else's job is never touched. Returns when the job is gone.
+    Somebody else's job is never touched. Returns when the job is gone. A job that is just
+    being started, by a client that has died meanwhile, is waited for.
     """
     deadline = time.monotonic() + _ABORT_TIMEOUT_S
+    while _is_starting(domain) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     aborted = False
     while domain.is_active and is_beneath(current_socket(domain), socket_dir):
         if time.monotonic() > deadline:
@@ -120,7 +124,7 @@ def abort(domain: Domain, socket_dir: Path) -> bool:
                 f"domain {domain.name}: the backup job does not end within {_ABORT_TIMEOUT_S:g} s"
             )
         if aborted:
-            time.sleep(0.02)
+            time.sleep(_POLL_S)
             continue
         # It may have ended by itself since we looked.
         with contextlib.suppress(OnedBackupError), libvirt_errors(f"end the backup of domain {domain.name}"):
@@ -131,8 +135,22 @@ def abort(domain: Domain, socket_dir: Path) -> bool:
 
 def scratch_usage(domain: Domain) -> ScratchUsage | None:
     """How full the scratch files are; None if no backup job runs."""
-    with libvirt_errors(f"job of domain {domain.name}"):
-        stats = domain.handle.jobStats(0)
-    if stats.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+    stats = _backup_statistics(domain)
+    if stats is None:
         return None
     return ScratchUsage(int(stats.get("disk_temp_used", 0)), int(stats.get("disk_temp_total", 0)))
+
+
+def _is_starting(domain: Domain) -> bool:
+    """Whether libvirt is at work on a backup job that cannot be looked at yet."""
+    return current_socket(domain) is None and _backup_statistics(domain) is not None
+
+
+def _backup_statistics(domain: Domain) -> dict[str, int] | None:
+    """What libvirt tells of the backup job that runs or is being started; None if there is none."""
+    if not domain.is_active:
+        return None
+    with libvirt_errors(f"job of domain {domain.name}"):
+        stats: dict[str, int] = domain.handle.jobStats(0)
+    is_backup = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+    return stats if is_backup and stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE else None

@@ -36,9 +36,12 @@ def clean_up(task: Task) -> str:
         except NotFound:
             remove_files(task, ())
             return reason
+        freeze.resume_if_noted(domain, task.socket_dir)
+        # Without its directory a job that a killed driver has asked for, and that libvirt has
+        # not begun, cannot begin any more.
+        task.host.remove(task.operation_dir)
         end_job(task, domain)
         present = domains.disks(domain.xml())
-        freeze.resume_if_noted(domain, task.socket_dir)
         remove_files(task, present)
         _remove_checkpoints(task, domain)
         if domain.is_active:

@@ -349,12 +349,13 @@ class Guest:
         return bool(self._lookup().isActive())
 
     def stop(self, timeout_s: float = 60) -> None:
-        """Shut down: by the guest's agent, or else by ending QEMU in good order."""
-        if self._agent:
-            self._lookup().shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
-        else:
-            self._lookup().destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+        """Have the operating system shut down, by the guest's agent."""
+        self._lookup().shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
         wait_for("end of the guest", lambda: not self.is_active(), timeout_s)
+
+    def end(self) -> None:
+        """End QEMU in good order, whatever the operating system does: images are closed."""
+        self._lookup().destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
 
     def kill(self) -> None:
         """SIGKILL its QEMU: nothing is closed, nothing flushed."""

@@ -289,17 +289,17 @@ def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) 
     vm.vmm("thaw", DOMAIN=guest.uuid)
 
 
-def test_qemu_of_another_user(short_dir: Path, back_up: BackUp) -> None:
+def test_qemu_of_another_user(short_dir: Path) -> None:
     directory = short_dir / "guest"
     directory.mkdir()
     with Libvirtd(qemu_user="libvirt-qemu") as server:
         guest = Guest(server, directory, "unprivileged", [data_disk(directory, 16)], boot="disk", agent=False)
         guest.start()
         assert Path(f"/proc/{guest.pid}").stat().st_uid != 0
-        vm = back_up(guest)
+        vm = BackedUpVm(guest, directory, short_dir / "s")
         vm.backup()
         vm.assert_restores("vda")
-        for change in (guest.stop, guest.start):
+        for change in (guest.end, guest.start):
             change()
             assert vm.backup().reason("vda") == "increment"
             vm.assert_restores("vda")

@@ -61,16 +61,14 @@ def test_chain_goes_on_from_running_to_off_to_running(
 
     # it dies again: the bitmap made while it was off lies in the image and was not closed
     guest.start()
-    guest.wait_ready()
     guest.kill()
     guest.start()
-    guest.wait_ready()
     point = vm.backup()
     assert (point.reason("vda"), point.reason("vdb")) == ("bitmap-inconsistent", "bitmap-inconsistent")
     for target in ("vda", "vdb"):
         vm.assert_restores(target)
     assert vm.backup().reason("vda") == "increment"
-    guest.stop()
+    guest.end()
     point = vm.backup()
     assert point.reason("vda") == "increment"
     assert bitmaps(tmp_path / "root.qcow2") == {point.exports.checkpoint}
@@ -91,7 +89,7 @@ def test_changes_on_both_sides_of_an_overlay_made_by_libvirt(off: BackedUpVm, tm
         f"<domainsnapshot><disks><disk name='vda'><source file='{overlay}'/></disk></disks></domainsnapshot>",
         libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
     )
-    off.guest.stop()
+    off.guest.end()
     command("qemu-io", "-f", "qcow2", "-c", "write -P 2 9M 64k", str(overlay))
     off.guest.use_disk(0, overlay)
     point = off.backup()
@@ -173,7 +171,7 @@ def test_nvram_and_tpm_travel_with_the_backup(
     with tarfile.open(point.files / "tpm.tar") as tar:
         assert "tpm2/tpm2-00.permall" in tar.getnames()
     assert b"<name>" + guest.name.encode() in (point.files / "domain.xml").read_bytes()
-    guest.stop()
+    guest.end()
     assert set(vm.backup().exports.files) == {"vm.xml", "domain.xml", "nvram.fd", "tpm.tar"}
 
 
