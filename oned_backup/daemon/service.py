@@ -137,6 +137,7 @@ class Service:
         try:
             for operation in recover(self.services):
                 logger.warning("recovered %s %s: %s", operation.kind, operation.id, operation.state)
+                self.board.changed(operation.id, ended=True)
             self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
             self._sweep()
         except Exception:
