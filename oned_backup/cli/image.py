@@ -55,7 +55,7 @@ def show(image: _Id, *, json: Json = False) -> None:
             (
                 point["increment_id"],
                 point["type"],
-                output.when(point["date"]),
+                output.when(point["date"])[:16],
                 output.size_mb(point["size_mb"]),
                 _freeze(point.get("freeze") or {}),
                 point["state"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from oned_backup.operations.engine import run_operation
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
 from oned_backup.operations.recovery import recover
-from oned_backup.operations.services import RunAction, Services, make_directories
+from oned_backup.operations.services import QUERY_PREFIX, RunAction, Services, make_directories
 from oned_backup.runner.run import Cancellation, run_action
 from oned_backup.store import Operation, OperationState, SecretBox, Store
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 #: a worker looks at the queue at least so often
 _LOOK_S = 5.0
+_OPERATION_ID_LENGTH = len("op-") + 12
 #: how long the journal keeps operations that have ended
 _KEEP_JOURNAL_S = 90 * 86_400
 
@@ -58,6 +60,8 @@ class Service:
         make_directories(settings)
         store = Store.open(settings.database)
         try:
+            for leftover in settings.work_dir.glob(f"{QUERY_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             box = SecretBox.open(settings.state_dir / "secret.key")
             return cls(Services(store, settings, box, run))
         except BaseException:
@@ -146,12 +150,17 @@ class Service:
         self._look()
 
     def _sweep(self) -> None:
-        """Remove lock files of operations that have ended; their work directories are theirs to remove."""
-        for path in self.settings.run_dir.glob("op-*.lock"):
+        """Remove the lock files and private directories that a killed daemon left of ended operations."""
+        for path in (*self.settings.run_dir.glob("op-*.lock"), *self.settings.work_dir.glob("op-*")):
+            operation_id = path.name[:_OPERATION_ID_LENGTH]
             try:
-                if self.services.store.journal.get(path.stem).state.is_final:
-                    path.unlink(missing_ok=True)
+                if not self.services.store.journal.get(operation_id).state.is_final:
+                    continue
             except NotFound:
+                pass
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
     def _worker(self) -> None:

@@ -31,6 +31,9 @@ from oned_backup.store import SecretBox, Store
 
 #: (done, total) in bytes
 Progress = Callable[[int, int], None]
+#: begins the ids of calls outside any operation
+QUERY_PREFIX = "query-"
+
 #: (syslog level, line)
 Log = Callable[[int, str], None]
 
@@ -197,7 +200,7 @@ def new_backup_id(now: float) -> str:
 
 def query_caller(services: Services, what: str) -> Caller:
     """A caller for a question outside any operation."""
-    return Caller(services, f"query-{secrets.token_hex(6)}", what)
+    return Caller(services, f"{QUERY_PREFIX}{secrets.token_hex(6)}", what)
 
 
 def make_directories(settings: Settings) -> None:

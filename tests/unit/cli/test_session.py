@@ -224,7 +224,11 @@ def test_a_killed_daemon_comes_back(stack: Stack) -> None:
     unreachable = stack("host", "list")
     assert unreachable.code == 5
     assert "oned-backup serve" in unreachable.err
+    work = stack.daemon.directory / "state/work"
+    for name in ("op-0123456789ab-x1", "query-0123456789ab-x1"):
+        (work / name).mkdir()
     stack.daemon.start()
+    assert list(work.iterdir()) == []
     assert stack.ok("vm", "list", "--json").json[1]["backups"] == 1
     assert stack.daemon.end() == 0
     assert not (stack.daemon.directory / "run/api/daemon.sock").exists()
