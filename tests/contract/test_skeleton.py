@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
 
@@ -14,10 +15,11 @@ from oned_backup.contract.actions import Kind, actions_of
 from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict, InvalidInput, Unsupported
 from oned_backup.runner.drivers import load_driver
-from oned_backup.runner.kit import Status, check_driver
+from oned_backup.runner.kit import Report, Status
 from oned_backup.runner.run import Invocation, Limits, run_action
 from oned_backup.runner.skeleton import new_driver
 
+Judge = Callable[..., Report]
 RUFF = Path(sys.executable).parent / "ruff"
 FILLED = Path(__file__).parent / "filled"
 KINDS = [(kind, shell) for kind in Kind for shell in (False, True)]
@@ -36,9 +38,9 @@ def test_every_action_of_a_skeleton_says_that_it_is_not_written(
             run_action(driver, action, request, Invocation(tmp_path / "work"), limits=Limits(60))
 
 
-def test_the_kit_fails_an_unfilled_skeleton_by_name(tmp_path: Path) -> None:
+def test_the_kit_fails_an_unfilled_skeleton_by_name(judge: Judge, tmp_path: Path) -> None:
     folder = new_driver(tmp_path, "shelf", Kind.DATASTORE, shell=True)  # noqa: S604
-    report = check_driver(folder, only={"ALL-01", "ALL-02", "DS-01"})
+    report = judge(folder, only={"ALL-01", "ALL-02", "DS-01"})
     assert [result.status for result in report.clauses] == [Status.FAILED, Status.PASSED, Status.FAILED]
     assert "summary is still to be written" in report.clauses[0].detail
     assert "backup is not written yet" in report.clauses[2].detail
@@ -68,7 +70,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_filled_skeleton_in_python_passes(tmp_path: Path) -> None:
+def test_a_filled_skeleton_in_python_passes(judge: Judge, tmp_path: Path) -> None:
     folder = new_driver(tmp_path, "shelf", Kind.DATASTORE)
     filling = tomllib.loads((FILLED / "python.toml").read_text())
     code = (folder / "driver.py").read_text()
@@ -82,11 +84,11 @@ def test_a_filled_skeleton_in_python_passes(tmp_path: Path) -> None:
         code = head + method + tail.replace(todo, indent(body.strip() + "\n", " " * 8), 1)
     assert todo not in code
     (folder / "driver.py").write_text(code)
-    judge(folder)
+    assert_passes(judge, folder)
 
 
 @pytest.mark.timeout(900)
-def test_a_filled_skeleton_in_shell_passes(tmp_path: Path) -> None:
+def test_a_filled_skeleton_in_shell_passes(judge: Judge, tmp_path: Path) -> None:
     folder = new_driver(tmp_path, "shelf", Kind.DATASTORE, shell=True)  # noqa: S604
     filling = tomllib.loads((FILLED / "shell.toml").read_text())
     code = (folder / "driver.sh").read_text()
@@ -97,11 +99,11 @@ def test_a_filled_skeleton_in_shell_passes(tmp_path: Path) -> None:
     assert "# TODO\n" not in code
     (folder / "driver.sh").write_text(code)
     subprocess.run(["shellcheck", folder / "driver.sh"], check=True)
-    judge(folder)
+    assert_passes(judge, folder)
 
 
-def judge(folder: Path) -> None:
+def assert_passes(judge: Judge, folder: Path) -> None:
     toml = folder / "driver.toml"
     toml.write_text(toml.read_text().replace("TODO: what it is, in a few words", "a directory"))
-    report = check_driver(folder)
+    report = judge(folder)
     assert report.passed, "\n".join(clause.detail for clause in report.having(Status.FAILED))

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,85 +28,12 @@ from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
 from oned_backup.runner.kit.called import Called
+from oned_backup.runner.kit.catalogue import Attempt, Chain, Settings, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
-from oned_backup.runner.kit.guest import MIB, VM_XML, Point, exported, make_points, raw_problem
+from oned_backup.runner.kit.guest import MIB, Point, exported, make_points, raw_problem
 from oned_backup.runner.process import Cancellation, Ending, Limits, run_process
 
 _KEPT_STDERR_BYTES = 4 * MIB
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a check was told: parameters for the datastore, and the driver.toml's table [kit].
-
-    [kit]
-    timeout_s = 120                   for one call
-    parameters = { HOST = "localhost" }          where `--set` says nothing
-    unreachable = { HOST = "192.0.2.1" }         with these, the store cannot be reached
-    """
-
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    unreachable: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = 120
-
-
-@dataclass
-class Store:
-    """A datastore: its parameters, and the images that the catalogue knows in it."""
-
-    parameters: dict[str, str]
-    #: the directory that only the kit uses, None where the store is somebody's
-    own_path: Path | None
-    image_ids: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Chain:
-    """One VM's backup image as the catalogue has it."""
-
-    store: Store
-    vm_id: int
-    image_id: int
-    increments: list[Increment] = field(default_factory=list)
-
-    @property
-    def image(self) -> xmldoc.Element:
-        """The IMAGE document."""
-        return xmldoc.build(
-            "IMAGE",
-            {
-                "ID": self.image_id,
-                "NAME": f"{self.vm_id} 21-Nov 02.37.00",
-                "TYPE": 6,
-                "SOURCE": self.increments[0].source if self.increments else "",
-                "FORMAT": "raw",
-                "VMS": {"ID": self.vm_id},
-                "BACKUP_INCREMENTS": {"INCREMENT": [i.to_element() for i in self.increments]},
-            },
-        )
-
-    @property
-    def vm(self) -> xmldoc.Element:
-        """The VM document, whose name is an odd one."""
-        element = xmldoc.parse(VM_XML)
-        xmldoc.put(element, "ID", self.vm_id)
-        return element
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A backup that is planned, tried or done."""
-
-    chain: Chain
-    point: Point
-    backup: Backup
-
-    @property
-    def supposed(self) -> Chain:
-        """The chain as if the backup were in the catalogue under the id that it was given."""
-        backup = self.backup
-        increment = Increment(backup.increment_id, -1, backup.date, 0, backup.id, IncrementType.FULL)
-        return replace(self.chain, increments=[*self.chain.increments, increment])
 
 
 class Bench:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from oned_backup.errors import InvalidInput, OnedBackupError
 from oned_backup.runner.drivers import load_driver
 from oned_backup.runner.kit import faults, general, safety, storing
-from oned_backup.runner.kit.bench import Bench, Settings
+from oned_backup.runner.kit.bench import Bench
+from oned_backup.runner.kit.catalogue import Settings
 from oned_backup.runner.kit.clause import CLAUSES, Clause, ClauseResult, NotApplicable, Report, Status, Unmet
 
 #: imported so that their clauses are in the table
@@ -36,29 +37,37 @@ def check_driver(
         raise InvalidInput(f"there is no clause {unknown[0]}", hint=f"There are {', '.join(CLAUSES)}.")
     root = Path(tempfile.mkdtemp(prefix="odb-kit-"))
     results: list[ClauseResult] = []
-
-    def add(result: ClauseResult) -> None:
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
-
     try:
-        bench = Bench(load_driver(folder), root, _settings(folder, parameters or {}))
+        for result in _results(folder, root, parameters or {}, only):
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    if not any(result.status is Status.FAILED for result in results):
+        shutil.rmtree(root)
+        return Report(folder, tuple(results))
+    for name in ("exports", "out", "work"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    return Report(folder, tuple(results), root / "calls")
+
+
+def _results(
+    folder: Path, root: Path, parameters: Mapping[str, str], only: Collection[str] | None
+) -> Iterator[ClauseResult]:
+    try:
+        bench = Bench(load_driver(folder), root, _settings(folder, parameters))
     except OnedBackupError as error:
         first = CLAUSES["ALL-01"]
-        add(ClauseResult(first.clause_id, first.title, Status.FAILED, _text(error)))
-    else:
+        yield ClauseResult(first.clause_id, first.title, Status.FAILED, f"ALL-01: {_text(error)}")
+        return
+    try:
         for _, clause in sorted(CLAUSES.items()):
             if bench.driver.manifest.kind in clause.kinds and (only is None or clause.clause_id in only):
-                add(_judge(clause, bench))
+                yield _judge(clause, bench)
+    finally:
         bench.clean_up()
-    failed = any(result.status is Status.FAILED for result in results)
-    for path in root.iterdir():
-        if not failed or path.name not in {"calls", "stores"}:
-            shutil.rmtree(path)
-    if not failed:
-        root.rmdir()
-    return Report(folder, tuple(results), root / "calls" if failed else None)
 
 
 def _judge(clause: Clause, bench: Bench) -> ClauseResult:

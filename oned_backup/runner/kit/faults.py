@@ -13,8 +13,9 @@ from pathlib import Path
 
 from oned_backup.contract.documents import RestorePlan, VerifyReport
 from oned_backup.errors import DataCorrupt, NoSpace, NotFound, OnedBackupError, PermissionDenied, Unavailable
-from oned_backup.runner.kit.bench import Bench, Chain
+from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
+from oned_backup.runner.kit.catalogue import Chain
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.guest import MIB, SMALL_FILES, make_points, raw_problem
 

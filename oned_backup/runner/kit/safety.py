@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import signal
 import threading
@@ -11,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from oned_backup.errors import DriverBug, NotFound
-from oned_backup.runner.kit.bench import Attempt, Bench, Chain, tree
+from oned_backup.runner.kit.bench import Bench, tree
 from oned_backup.runner.kit.called import Called
+from oned_backup.runner.kit.catalogue import Attempt, Chain
 from oned_backup.runner.kit.clause import Unmet, clause
 from oned_backup.runner.process import Cancellation, Limits
 
@@ -262,11 +265,10 @@ def _at_state(cancellation: Cancellation, path: Path, number: int) -> None:
 
 def _state(path: Path) -> frozenset[tuple[str, int]]:
     found = set()
-    for entry in path.rglob("*"):
-        try:
-            found.add((str(entry), entry.lstat().st_size))
-        except FileNotFoundError:
-            continue
+    for directory, folders, files in os.walk(path):  # which passes over what vanishes meanwhile
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((f"{directory}/{name}", os.lstat(f"{directory}/{name}").st_size))
     return frozenset(found)
 
 

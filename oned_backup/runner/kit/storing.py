@@ -10,8 +10,9 @@ from oned_backup.contract.url import parse_url
 from oned_backup.errors import DataCorrupt, DriverBug, InvalidInput, OnedBackupError
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.names import checked_name
-from oned_backup.runner.kit.bench import Bench, Chain, allocated_bytes, tree
+from oned_backup.runner.kit.bench import Bench, allocated_bytes, tree
 from oned_backup.runner.kit.called import Called
+from oned_backup.runner.kit.catalogue import Chain
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.guest import (
     MIB,
