@@ -4,7 +4,7 @@
      "backup": {"id", "chain_id", "parent_id", "increment_id", "type", "date", "installation",
                 "checkpoint", "vm": {"id", "name", "uuid"}, "freeze": {…},
                 "disks": [{"disk_id", "target", "type", "reason", "text", "file", "parent_id",
-                           "size_bytes", "format", "source", "source_id"}],
+                           "size_bytes", "format", "source", "source_id", "backing": […]}],
                 "excluded": [{"disk_id", "target", "reason", "text"}],
                 "files": [{"name", "size_bytes", "blake3"}]}}
 
@@ -53,6 +53,8 @@ class ManifestDisk:
     format: str = ""
     source: str = ""
     source_id: str = ""
+    #: what lay below the source in its backing chain
+    backing: tuple[str, ...] = ()
     text: str = ""
 
 
@@ -125,6 +127,7 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
             format=str(disk.get("format", "")),
             source=str(disk.get("source", "")),
             source_id=str(disk.get("source_id", "")),
+            backing=tuple(str(path) for path in disk.get("backing", ())),
             text=str(disk.get("text", "")),
         )
         for disk in backup["disks"]

@@ -14,7 +14,9 @@ still be an increment of the parent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +24,8 @@ from typing import Any
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.exports import BackupType, Exports
-from oned_backup.contract.request import Backup, Outcome
+from oned_backup.contract.provenance import manifest_of
+from oned_backup.contract.request import Backup, Outcome, Request
 from oned_backup.contract.result import document
 from oned_backup.errors import (
     Busy,
@@ -38,6 +41,7 @@ from oned_backup.errors import (
     PermissionDenied,
 )
 from oned_backup.model.datastore import Datastore, disabled
+from oned_backup.model.manifest import dump_manifest, parse_manifest
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import (
@@ -50,7 +54,7 @@ from oned_backup.model.vm import (
 )
 from oned_backup.operations import record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
-from oned_backup.operations.chain import last_good_parent, plan_chain, space_needed_mb
+from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
 from oned_backup.operations.domains import look_up_domain, refresh_vm
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
@@ -69,7 +73,11 @@ def _plan(context: Context) -> Mapping[str, Any]:
     vm_id = context.integer("vm_id")
     # An earlier attempt, or a daemon that died, may have left it in BACKUP: the lock says it is ours.
     services.store.change("vm", vm_id, lambda element: backup_ended(Vm(element)).element)
-    vm, state = refresh_vm(services, context.caller, vm_id)
+    chain = _choose_chain(context, services.vm(vm_id))
+    with ThreadPoolExecutor(1) as beside:
+        measured = beside.submit(measure, services, chain.datastore_id, context.caller)
+        vm, state = refresh_vm(services, context.caller, vm_id)
+        free_mb = measured.result().free_mb
     if state is DomainState.CRASHED:
         raise Conflict(
             f"VM {vm_id} ({vm.name}) has crashed and is kept as it is for inspection",
@@ -79,13 +87,14 @@ def _plan(context: Context) -> Mapping[str, Any]:
     if not included:
         reasons = "; ".join(entry.text for entry in excluded) or "it has none"
         raise InvalidInput(f"VM {vm_id} ({vm.name}) has no disk to back up: {reasons}")
-    plan = _decide(context, vm, live=state is not DomainState.OFF)
-    _check_room(context, vm, plan)
+    plan = _decide(context, vm, chain, live=state is not DomainState.OFF)
+    _check_room(context, vm, plan, free_mb)
     services.store.change("vm", vm_id, lambda element: backup_begun(Vm(element)).element)
     return {"plan": asdict(plan)}
 
 
-def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
+def _choose_chain(context: Context, vm: Vm) -> ChainPlan:
+    """Which chain and datastore; known from the catalogue alone."""
     services = context.services
     store = services.store
     images = {image_id: services.image(image_id) for image_id in vm.backup_ids}
@@ -101,6 +110,20 @@ def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
     )
     if chain.explanation:
         context.note(chain.explanation)
+    datastore = services.datastore(chain.datastore_id)
+    if not datastore.is_enabled:
+        reason = datastore.disabled_reason
+        raise Misconfigured(
+            f"datastore {datastore.id} ({datastore.name}) is disabled{f': {reason}' if reason else ''}",
+            hint=f"Correct it with `oned-backup datastore update {datastore.id} KEY=VALUE`.",
+        )
+    return chain
+
+
+def _decide(context: Context, vm: Vm, chain: ChainPlan, *, live: bool) -> BackupPlan:
+    services = context.services
+    store = services.store
+    images = {image_id: services.image(image_id) for image_id in vm.backup_ids}
     driver = services.driver(Kind.DATASTORE, services.datastore(chain.datastore_id).ds_mad)
     now = services.clock()
     backup_id = new_backup_id(now)
@@ -122,17 +145,10 @@ def _decide(context: Context, vm: Vm, *, live: bool) -> BackupPlan:
     )
 
 
-def _check_room(context: Context, vm: Vm, plan: BackupPlan) -> None:
-    """Measure the datastore, and refuse a backup that it cannot take."""
+def _check_room(context: Context, vm: Vm, plan: BackupPlan, free_mb: int) -> None:
+    """Refuse a backup that the datastore cannot take."""
     services = context.services
     datastore = services.datastore(plan.datastore_id)
-    if not datastore.is_enabled:
-        reason = datastore.disabled_reason
-        raise Misconfigured(
-            f"datastore {datastore.id} ({datastore.name}) is disabled{f': {reason}' if reason else ''}",
-            hint=f"Correct it with `oned-backup datastore update {datastore.id} KEY=VALUE`.",
-        )
-    free_mb = measure(services, datastore.id, context.caller).free_mb
     history: dict[str, int] = {}
     for image_id in vm.backup_ids:
         image = services.image(image_id)
@@ -229,8 +245,37 @@ def _store(context: Context) -> Mapping[str, Any]:
     return {
         "size_mb": _number(answer, "SIZE_MB"),
         "format": answer["FORMAT"],
-        "manifest": answer.get("MANIFEST", ""),
+        "manifest": _manifest(answer, plan) or _manifest_without_files(context, backup, exports),
     }
+
+
+def _manifest(answer: Mapping[str, str], plan: BackupPlan) -> str:
+    """The manifest that the driver tells, checked; empty if it tells none."""
+    text = answer.get("MANIFEST", "")
+    if text:
+        try:
+            told = parse_manifest(text, what="MANIFEST")
+        except DataCorrupt as error:
+            raise DriverBug(f"backup: {error}") from error
+        if told.id != plan.backup_id:
+            raise DriverBug(f"backup: MANIFEST is that of {told.id}, not of {plan.backup_id}")
+    return text
+
+
+def _manifest_without_files(context: Context, backup: Backup, exports: Exports | None) -> str:
+    """What the catalogue keeps of a backup whose driver tells no manifest: all but the stored files."""
+    if exports is None:
+        raise DriverBug("a backup without EXPORTS cannot be described")
+    plan = plan_of(context)
+    request = Request(
+        kind=Kind.DATASTORE,
+        operation_id=context.operation.id,
+        operation_kind=context.operation.kind,
+        backup=backup,
+        vm=context.services.vm(plan.vm_id).element,
+        options=_options(context, plan),
+    )
+    return json.dumps(json.loads(dump_manifest(manifest_of(request, exports, ()))), separators=(",", ":"))
 
 
 def _disable(context: Context, datastore_id: int, error: OnedBackupError) -> None:

@@ -120,6 +120,7 @@ def exports_of_manifest(manifest: Manifest) -> Exports:
                 format=disk.format,
                 source=disk.source,
                 source_id=disk.source_id,
+                backing=disk.backing,
                 text=disk.text,
             )
             for disk in manifest.disks

@@ -176,9 +176,13 @@ class Folder:
 def publish_path(temporary: Path, final: Path) -> None:
     """Make the complete file `temporary` durable and give it its final name in the same directory.
 
-    `Conflict` if the name is taken; an existing file is never replaced.
+    `Conflict` if the name is taken; an existing file is never replaced. `NotFound` if there
+    is no such file.
     """
-    descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{temporary} is not there") from error
     try:
         os.fsync(descriptor)
     finally:

@@ -16,6 +16,7 @@ from oned_backup.errors import (
     OnedBackupError,
     Unavailable,
 )
+from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.vm import DomainState
 from oned_backup.operations.inventory import configure_vm
@@ -45,7 +46,9 @@ def checkpoint(world: World, operation: Operation) -> str:
 def test_first_backup_begins_a_chain(world: World) -> None:
     done = world.run("backup", vm_id=0)
     assert done.state is OperationState.DONE, done.error
-    assert world.drivers.actions == ["dump_xml", "monitor", "pre_backup_live", "backup", "post_backup_live"]
+    actions = world.drivers.actions
+    assert sorted(actions[:2]) == ["dump_xml", "monitor"]  # side by side
+    assert actions[2:] == ["pre_backup_live", "backup", "post_backup_live"]
     assert world.step_names(done) == [
         f"{name} DONE" for name in ("PLAN", "PREPARE", "STORE", "RECORD", "CLEAN")
     ]
@@ -271,3 +274,30 @@ def test_faults_of_our_own_are_undone_too(world: World) -> None:
     failed = world.run("backup", vm_id=0)
     assert "ZeroDivisionError" in error_of(failed)["message"]
     assert kept(world) == [("FAILURE", "")]
+
+
+def test_driver_that_tells_no_manifest_gets_increments_too(world: World) -> None:
+    def without_manifest(request: Request) -> dict[str, str]:
+        assert request.backup is not None
+        return {"BACKUP_ID": request.backup.id, "SIZE_MB": "5", "FORMAT": "raw"}
+
+    world.drivers.answers["backup"] = without_manifest
+    first, second = world.run("backup", vm_id=0), world.run("backup", vm_id=0)
+    assert second.state is OperationState.DONE, second.error
+    assert second.result["type"] == "INCREMENT"
+    manifests = [parse_manifest(row.manifest) for row in world.services.store.backups(vm_id=0)]
+    assert [manifest.id for manifest in manifests] == [first.result["backup_id"], second.result["backup_id"]]
+    assert manifests[1].disks[0].parent_id == first.result["backup_id"]
+
+
+@pytest.mark.parametrize("manifest", ["no manifest", "{}"])
+def test_manifest_that_breaks_the_contract_fails_the_backup(world: World, manifest: str) -> None:
+    def broken(request: Request) -> dict[str, str]:
+        assert request.backup is not None
+        return {"BACKUP_ID": request.backup.id, "SIZE_MB": "5", "FORMAT": "raw", "MANIFEST": manifest}
+
+    world.drivers.answers["backup"] = broken
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.FAILED
+    assert "DriverBug" in str(done.error)
+    assert not world.services.store.backups(vm_id=0)
