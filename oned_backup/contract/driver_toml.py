@@ -37,6 +37,7 @@ FEATURES = {
     "flatten": "can merge increments",
     "catalogue": "can list all backups of the store, for `datastore import`",
     "compress": "can compress what it stores",
+    "ahead": "may be started before its request is there, and does nothing until then",
 }
 
 _PARAMETER_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")

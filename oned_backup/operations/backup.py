@@ -47,18 +47,18 @@ from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import (
     DomainState,
     Vm,
+    VmState,
     backup_begun,
     backup_ended,
     with_error,
     without_error,
 )
-from oned_backup.operations import record
+from oned_backup.operations import inventory, record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
 from oned_backup.operations.domains import look_up_domain, refresh_vm
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
-from oned_backup.operations.inventory import measure
 from oned_backup.operations.services import new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.store import BackupState, OperationState
@@ -73,11 +73,15 @@ def _plan(context: Context) -> Mapping[str, Any]:
     vm_id = context.integer("vm_id")
     # An earlier attempt, or a daemon that died, may have left it in BACKUP: the lock says it is ours.
     services.store.change("vm", vm_id, lambda element: backup_ended(Vm(element)).element)
-    chain = _choose_chain(context, services.vm(vm_id))
+    before = services.vm(vm_id)
+    chain = _choose_chain(context, before)
+    context.caller.start_ahead(
+        Kind.TM, before.tm_mad, _live_name("pre_backup", live=before.state == VmState.ACTIVE)
+    )
     with ThreadPoolExecutor(1) as beside:
-        measured = beside.submit(measure, services, chain.datastore_id, context.caller)
+        asked = beside.submit(inventory.free_mb, services, chain.datastore_id, context.caller)
         vm, state = refresh_vm(services, context.caller, vm_id)
-        free_mb = measured.result().free_mb
+        free_mb = asked.result()
     if state is DomainState.CRASHED:
         raise Conflict(
             f"VM {vm_id} ({vm.name}) has crashed and is kept as it is for inspection",
@@ -91,6 +95,10 @@ def _plan(context: Context) -> Mapping[str, Any]:
     _check_room(context, vm, plan, free_mb)
     services.store.change("vm", vm_id, lambda element: backup_begun(Vm(element)).element)
     return {"plan": asdict(plan)}
+
+
+def _live_name(action: str, *, live: bool) -> str:
+    return f"{action}_live" if live else action
 
 
 def _choose_chain(context: Context, vm: Vm) -> ChainPlan:
@@ -189,8 +197,10 @@ def _chain_id(context: Context, plan: BackupPlan) -> str:
 def _prepare(context: Context) -> Mapping[str, Any]:
     plan = plan_of(context)
     vm = context.services.vm(plan.vm_id)
+    datastore = context.services.datastore(plan.datastore_id)
+    context.caller.start_ahead(Kind.DATASTORE, datastore.ds_mad, "backup")
     answer = context.backup_caller(plan.transfer).tm(
-        "pre_backup_live" if plan.live else "pre_backup",
+        _live_name("pre_backup", live=plan.live),
         vm.tm_mad,
         backup=plan.backup(_chain_id(context, plan)),
         host=context.services.host(vm.host_id).element,
@@ -227,6 +237,9 @@ def _store(context: Context) -> Mapping[str, Any]:
             date=plan.date,
             checkpoint=plan.checkpoint,
         )
+    context.caller.start_ahead(
+        Kind.TM, services.vm(plan.vm_id).tm_mad, _live_name("post_backup", live=plan.live)
+    )
     try:
         answer = context.backup_caller(plan.transfer).datastore(
             "backup",
@@ -237,6 +250,9 @@ def _store(context: Context) -> Mapping[str, Any]:
             exports=exports,
             options=_options(context, plan),
         )
+    except NoSpace:
+        services.measured_at.pop(plan.datastore_id, None)  # what was measured is no longer true
+        raise
     except (Misconfigured, PermissionDenied) as error:
         _disable(context, plan.datastore_id, error)
         raise
@@ -305,7 +321,7 @@ def _clean(context: Context, outcome: Outcome) -> None:
     vm = services.vm(plan.vm_id)
     keep = plan.checkpoint if outcome is Outcome.SUCCESS else plan.old_checkpoint
     context.backup_caller(plan.transfer).tm(
-        "post_backup_live" if plan.live else "post_backup",
+        _live_name("post_backup", live=plan.live),
         vm.tm_mad,
         outcome=outcome,
         backup=plan.backup(plan.backup_id),

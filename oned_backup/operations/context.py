@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from oned_backup.errors import Cancelled, InvalidInput, OnedBackupError
 from oned_backup.operations.services import Caller, Services
+from oned_backup.runner.ahead import Ahead
 from oned_backup.runner.run import Cancellation
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Context:
     #: what the result tells besides: fall-backs, leftovers
     notes: list[str] = field(default_factory=list)
     step: str = ""
+    #: drivers that were started ahead of their step
+    waiting: list[Ahead] = field(default_factory=list)
     #: whether a user asked for the end; stays true while cleaning up
     cancellation_asked: bool = False
 
@@ -82,6 +85,7 @@ class Context:
             log=self.log,
             lock_fd=self.lock_fd,
             budget_until=self.budget_until,
+            waiting=self.waiting,
         )
 
     def backup_caller(self, transfer: str) -> Caller:
@@ -89,6 +93,11 @@ class Context:
         source = self.work_dir / "source"
         source.mkdir(mode=0o700, exist_ok=True)
         return replace(self.caller, source_dir=source, transfer=transfer)
+
+    def discard_waiting(self) -> None:
+        """End the drivers that were started ahead and are not needed."""
+        while self.waiting:
+            self.waiting.pop().discard()
 
     def note(self, text: str) -> None:
         """Tell the user something that is no failure."""

@@ -186,7 +186,10 @@ def run_operation(kind: OperationKind, context: Context) -> OperationState:
     began = time.monotonic()
     while True:
         walk = _Walk(kind, context, doing(kind.steps[0]))
-        walk.run()
+        try:
+            walk.run()
+        finally:
+            context.discard_waiting()
         if walk.state == DONE:
             return finish(kind, context, OperationState.DONE, None)
         error = walk.error or DriverFailed("failed without an error")

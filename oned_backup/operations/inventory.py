@@ -17,6 +17,9 @@ from oned_backup.model.vm import with_state as with_vm_state
 from oned_backup.operations.domains import DomainSummary, list_domains, look_up_domain
 from oned_backup.operations.services import Caller, Services, query_caller, secret_context
 
+#: for so long a measurement of a datastore is good enough to plan by
+FRESH_S = 300
+
 
 def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str) -> Host:
     """The new host, reached once; nothing is added if it cannot be reached."""
@@ -234,6 +237,17 @@ def measure(services: Services, datastore_id: int, caller: Caller | None = None)
             "datastore", datastore_id, lambda element: with_capacity(Datastore(element), **sizes).element
         )
     )
+
+
+def free_mb(services: Services, datastore_id: int, caller: Caller) -> int:
+    """Free space in the datastore, at most `FRESH_S` old: its driver checks exactly when it stores."""
+    measured_at = services.measured_at.get(datastore_id)
+    now = services.clock()
+    if measured_at is not None and 0 <= now - measured_at < FRESH_S:
+        return services.datastore(datastore_id).free_mb
+    found = measure(services, datastore_id, caller).free_mb
+    services.measured_at[datastore_id] = now
+    return found
 
 
 def _megabytes(answer: Mapping[str, str], key: str) -> int:

@@ -25,6 +25,7 @@ from oned_backup.model.datastore import Datastore, without_secrets
 from oned_backup.model.host import Host
 from oned_backup.model.image import Image
 from oned_backup.model.vm import Vm
+from oned_backup.runner.ahead import Ahead, start_ahead
 from oned_backup.runner.drivers import Driver, find_driver
 from oned_backup.runner.run import Cancellation, Invocation, Limits, run_action
 from oned_backup.store import SecretBox, Store
@@ -53,6 +54,7 @@ class RunAction(Protocol):
         progress: Progress | None = None,
         log: Log | None = None,
         stdout_fd: int | None = None,
+        ahead: Ahead | None = None,
     ) -> dict[str, str]:
         """What the driver answered."""
         ...
@@ -66,7 +68,10 @@ class Services:
     settings: Settings
     box: SecretBox
     run_action: RunAction = run_action
+    start_ahead: Callable[..., Ahead | None] = start_ahead
     clock: Callable[[], float] = time.time
+    #: when the daemon last measured a datastore, by its id
+    measured_at: dict[int, float] = field(default_factory=dict)
 
     def vm(self, vm_id: int) -> Vm:
         """The VM as the catalogue has it."""
@@ -104,6 +109,20 @@ class Caller:
     #: `stream`, or `staged` where the datastore's driver wants files
     transfer: str = "stream"
     budget_until: float | None = None
+    #: drivers that were started before their request was known
+    waiting: list[Ahead] = field(default_factory=list)
+
+    def start_ahead(self, kind: Kind, name: str, action: str) -> None:
+        """Start the driver of the step to come, so that it waits for its request; if it can do that."""
+        ahead = self.services.start_ahead(
+            self.services.driver(kind, name),
+            action,
+            work_root=self.services.settings.work_dir,
+            operation_id=self.operation_id,
+            lock_fd=self.lock_fd,
+        )
+        if ahead is not None:
+            self.waiting.append(ahead)
 
     def datastore(self, action: str, datastore: Datastore, **fields: Any) -> dict[str, str]:
         """The answer of a datastore's driver; secrets go to it as files, never in the request."""
@@ -159,7 +178,15 @@ class Caller:
             progress=self.progress,
             log=self.log,
             stdout_fd=stdout_fd,
+            ahead=self._waiting_for(driver, action),
         )
+
+    def _waiting_for(self, driver: Driver, action: str) -> Ahead | None:
+        for ahead in self.waiting:
+            if ahead.is_for(driver, action):
+                self.waiting.remove(ahead)
+                return ahead
+        return None
 
     def _limits(self, action: str, deadline_s: float | None) -> Limits:
         settings = self.services.settings

@@ -57,11 +57,7 @@ def action_environment(
     driver: Driver, request: Request, invocation: Invocation, directory: Path, limits: Limits
 ) -> dict[str, str]:
     """All variables of a call; writes the secrets into `directory`/secrets."""
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:{_SYSTEM_PATH}",
-        "HOME": os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir,
-        "LC_ALL": "C.UTF-8",
-        "ODB_SPEC": str(SPEC_VERSION),
+    environment = base_environment() | {
         "ODB_OPERATION_ID": request.operation_id,
         "ODB_TRANSFER": invocation.transfer,
         "ODB_SECRETS_DIR": str(_write_secrets(directory / "secrets", invocation.secrets)),
@@ -90,6 +86,16 @@ def action_environment(
         if "\0" in value or len(value.encode()) > _MAX_VALUE_BYTES:
             raise InvalidInput(f"{name}: {len(value)} characters, or one that no variable can hold")
     return environment
+
+
+def base_environment() -> dict[str, str]:
+    """The variables that every call has, whatever it is about."""
+    return {
+        "PATH": f"{Path(sys.executable).parent}:{_SYSTEM_PATH}",
+        "HOME": os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir,
+        "LC_ALL": "C.UTF-8",
+        "ODB_SPEC": str(SPEC_VERSION),
+    }
 
 
 def _of_backup(backup: Backup) -> dict[str, str]:

@@ -108,24 +108,19 @@ class Ended:
     stdout: bytes
 
 
-def run_process(
+def start_process(
     argv: Sequence[str],
     *,
     environment: Mapping[str, str],
     directory: Path,
-    stdin: bytes,
-    limits: Limits,
-    on_stderr: Callable[[bytes], None],
-    cancellation: Cancellation | None = None,
     stdout_fd: int | None = None,
     pass_fds: Sequence[int] = (),
-) -> Ended:
-    """Run `argv` to its end; `OSError` if it cannot be started.
+) -> subprocess.Popen[bytes]:
+    """`argv` started, for `run_process`; `OSError` if it cannot be started.
 
-    `on_stderr` is called with pieces of at most 64 KiB, in this thread; if it raises, the
-    program is killed. With `stdout_fd` the program writes there and `Ended.stdout` is empty.
+    With `stdout_fd` the program writes there and `Ended.stdout` will be empty.
     """
-    process = subprocess.Popen(
+    return subprocess.Popen(
         list(argv),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if stdout_fd is None else stdout_fd,
@@ -136,18 +131,33 @@ def run_process(
         pass_fds=tuple(pass_fds),
         bufsize=0,
     )
+
+
+def run_process(
+    process: subprocess.Popen[bytes],
+    *,
+    stdin: bytes,
+    limits: Limits,
+    on_stderr: Callable[[bytes], None],
+    cancellation: Cancellation | None = None,
+) -> Ended:
+    """Serve a started program to its end. Its deadlines begin now.
+
+    `on_stderr` is called with pieces of at most 64 KiB, in this thread; if it raises, the
+    program is killed.
+    """
     with contextlib.ExitStack() as stack:
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 stack.callback(pipe.close)
-        stack.callback(_kill_and_reap, process, limits.grace_s)
+        stack.callback(kill_and_reap, process, limits.grace_s)
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, wake_fd)
         if cancellation is not None:
             stack.enter_context(cancellation.waking(lambda: os.eventfd_write(wake_fd, 1)))
         watch = stack.enter_context(_Watch(process, stdin, limits, on_stderr, wake_fd))
         ending = watch.until_end()
-        return Ended(ending, _kill_and_reap(process, 1), bytes(watch.stdout))
+        return Ended(ending, kill_and_reap(process, 1), bytes(watch.stdout))
 
 
 class _Watch:
@@ -297,7 +307,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
             os.killpg(process.pid, number)
 
 
-def _kill_and_reap(process: subprocess.Popen[bytes], patience_s: float) -> int | None:
+def kill_and_reap(process: subprocess.Popen[bytes], patience_s: float) -> int | None:
     """The exit code, after KILL to the group; None if it does not end within `patience_s`.
 
     What is left behind then is reaped by the subprocess module when it starts the next program.

@@ -29,9 +29,10 @@ from oned_backup.errors import (
     error_for_exit_code,
 )
 from oned_backup.model.names import checked_name
+from oned_backup.runner.ahead import Ahead, late_environment
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
-from oned_backup.runner.process import Cancellation, Ended, Ending, Limits, run_process
+from oned_backup.runner.process import Cancellation, Ended, Ending, Limits, run_process, start_process
 from oned_backup.runner.stderr import Log, Progress, StderrReader
 
 __all__ = ["Cancellation", "Invocation", "Limits", "Log", "Progress", "run_action"]
@@ -48,8 +49,11 @@ def run_action(
     progress: Progress | None = None,
     log: Log | None = None,
     stdout_fd: int | None = None,
+    ahead: Ahead | None = None,
 ) -> dict[str, str]:
     """What the driver printed, by key. With `stdout_fd` its output goes there and {} is returned.
+
+    `ahead`: the same action, started beforehand; it is used up, or discarded if it does not fit.
 
     Raises the error of the driver's exit code, its last line as the message; `Cancelled`;
     `Unavailable` for a driver that fell silent; `DriverFailed` past the deadline, on death
@@ -58,26 +62,35 @@ def run_action(
     """
     contract, executable = driver.executable(action)
     if cancellation is not None and cancellation.cancelled:
+        if ahead is not None:
+            ahead.discard()
         raise Cancelled(f"{driver} {action}: cancelled before it began")
     stderr = StderrReader(secrets=invocation.secrets.values(), log=log, progress=progress)
-    with private_directory(invocation.work_root, request.operation_id) as directory:
-        environment = action_environment(driver, request, invocation, directory, limits)
-        work = directory / "work"
-        work.mkdir(mode=0o700)
-        try:
-            ended = run_process(
-                [str(executable)],
-                environment=environment,
-                directory=work,
-                stdin=xmldoc.serialize(request.to_xml()).encode() + b"\n",
-                limits=limits,
-                on_stderr=stderr.feed,
-                cancellation=cancellation,
-                stdout_fd=stdout_fd,
-                pass_fds=() if invocation.lock_fd is None else (invocation.lock_fd,),
-            )
-        except OSError as error:
-            raise _cannot_start(driver, action, error) from error
+    stdin = xmldoc.serialize(request.to_xml()).encode() + b"\n"
+    with contextlib.ExitStack() as stack:
+        if ahead is not None:
+            stack.callback(ahead.discard)
+        if ahead is not None and stdout_fd is None and ahead.is_for(driver, action):
+            environment = action_environment(driver, request, invocation, ahead.directory, limits)
+            process, stdin = ahead.process, late_environment(environment) + stdin
+        else:
+            directory = stack.enter_context(private_directory(invocation.work_root, request.operation_id))
+            environment = action_environment(driver, request, invocation, directory, limits)
+            work = directory / "work"
+            work.mkdir(mode=0o700)
+            try:
+                process = start_process(
+                    [str(executable)],
+                    environment=environment,
+                    directory=work,
+                    stdout_fd=stdout_fd,
+                    pass_fds=() if invocation.lock_fd is None else (invocation.lock_fd,),
+                )
+            except OSError as error:
+                raise _cannot_start(driver, action, error) from error
+        ended = run_process(
+            process, stdin=stdin, limits=limits, on_stderr=stderr.feed, cancellation=cancellation
+        )
     stderr.close()
     try:
         _raise_for(ended, f"{driver} {action}", stderr.message, limits)

@@ -43,6 +43,9 @@ class Driver:
         answer: Answer | None = method(call)
         return {} if answer is None else answer
 
+    def warm_up(self, action: str) -> None:
+        """Import what `action` will need. Called while a driver that was started ahead waits."""
+
 
 class _Termination:
     """Turns the first SIGTERM or SIGINT into `Cancelled` and remembers it."""
@@ -68,10 +71,31 @@ def main(driver: Driver) -> NoReturn:
     termination = _Termination()
     stdout = os.dup(1)
     os.dup2(2, 1)
-    code = _run(driver, Path(sys.argv[0]).name, stdout, os.environ, termination)
+    action = Path(sys.argv[0]).name
+    environ: Mapping[str, str] | None = os.environ
+    if os.environ.get("ODB_AHEAD") == "1":
+        environ = _wait_for_environment(driver, action)
+    code = 0 if environ is None else _run(driver, action, stdout, environ, termination)
     _flush_python_streams()
     # Not sys.exit: a thread that hangs in a dead NBD server must not hold the process.
     os._exit(code)
+
+
+def _wait_for_environment(driver: Driver, action: str) -> Mapping[str, str] | None:
+    """The variables that come before the request; None if the input ends: the call is not wanted."""
+    with contextlib.suppress(Exception):  # the action itself will say what is wrong
+        driver.warm_up(action)
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows is the request's
+        length = stdin.readline(16)
+        if not length:
+            return None
+        block = b""
+        while len(block) < int(length):
+            block += stdin.read(int(length) - len(block)) or b"\0"
+    for entry in filter(None, block.split(b"\0")):
+        name, _, value = os.fsdecode(entry).partition("=")
+        os.environ[name] = value
+    return os.environ
 
 
 def _run(

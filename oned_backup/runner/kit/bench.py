@@ -31,7 +31,7 @@ from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Attempt, Chain, Settings, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
 from oned_backup.runner.kit.guest import MIB, Point, exported, make_points, raw_problem
-from oned_backup.runner.process import Cancellation, Ending, Limits, run_process
+from oned_backup.runner.process import Cancellation, Ending, Limits, run_process, start_process
 
 _KEPT_STDERR_BYTES = 4 * MIB
 
@@ -288,15 +288,18 @@ class Bench:
         with self._secrets_dir(values) as secrets_dir, self._work_dir() as work:
             on_start()
             start = time.monotonic()
-            ended = run_process(
+            process = start_process(
                 [str(executable)],
                 environment={**variables, "ODB_SECRETS_DIR": str(secrets_dir)},
                 directory=work,
+                stdout_fd=stdout_fd,
+            )
+            ended = run_process(
+                process,
                 stdin=stdin,
                 limits=limits,
                 on_stderr=lambda piece: stderr.extend(piece[: _KEPT_STDERR_BYTES - len(stderr)]),
                 cancellation=cancellation,
-                stdout_fd=stdout_fd,
             )
             elapsed_s = time.monotonic() - start
         (directory / "stdout").write_bytes(ended.stdout)

@@ -34,6 +34,10 @@ GIB = 1024**3
 _CLEANING = ("thaw", "abort_backup", "backup_cancel", "rm", "post_backup", "post_backup_live")
 
 
+def no_ahead(*_: object, **__: object) -> None:
+    """Scripted drivers have no process to start."""
+
+
 @dataclass
 class ScriptedDrivers:
     """Stands in for `run_action`. Answers like well-behaved drivers unless told otherwise.
@@ -217,7 +221,7 @@ def world(tmp_path: Path, empty_database: Path) -> Iterator[World]:
     shutil.copy(empty_database, settings.database)
     drivers = ScriptedDrivers()
     with Store.open(settings.database) as store:
-        services = Services(store, settings, SecretBox.open(settings.state_dir / "key"), drivers)
+        services = Services(store, settings, SecretBox.open(settings.state_dir / "key"), drivers, no_ahead)
         store.create("host", lambda host_id: new_host(host_id, name="local").element)
         store.create(
             "datastore",

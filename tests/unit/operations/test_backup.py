@@ -239,6 +239,7 @@ def test_no_room_is_found_before_the_guest_is_touched(world: World) -> None:
     world.run("backup", vm_id=0)
     full = {"TOTAL_MB": "10", "USED_MB": "10", "FREE_MB": "2"}
     world.drivers.answers["monitor"] = lambda _request: full
+    world.services.measured_at.clear()  # as if it were some minutes later
     failed = world.run("backup", vm_id=0, reset=True)
     assert error_of(failed)["code"] == "NoSpace"
     assert "5 MB needed, 2 MB free" in error_of(failed)["message"]
@@ -248,6 +249,7 @@ def test_no_room_is_found_before_the_guest_is_touched(world: World) -> None:
 @pytest.mark.parametrize("action", ["dump_xml", "monitor", "pre_backup_live", "backup"])
 def test_cancelled_at_any_step_leaves_nothing(world: World, action: str) -> None:
     first = world.run("backup", vm_id=0)
+    world.services.measured_at.clear()
     cancellation = Cancellation()
     world.drivers.script[action] = [lambda _request: cancellation.cancel()]
     ended = world.run("backup", vm_id=0, cancellation=cancellation)
