@@ -20,7 +20,7 @@ from typing import Any
 
 from oned_backup.config import Settings
 from oned_backup.daemon.progress import ProgressBoard
-from oned_backup.errors import DriverFailed, NotFound, OnedBackupError
+from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.kinds import KINDS
@@ -52,6 +52,8 @@ class Service:
         self._threads: list[threading.Thread] = []
         self._running: dict[str, Cancellation] = {}
         self._hosts: Counter[int] = Counter()
+        #: errors of operations whose end could not be written, by id
+        self._unended: dict[str, str] = {}
 
     @classmethod
     def open(cls, settings: Settings, *, run: RunAction = run_action) -> Service:
@@ -184,6 +186,7 @@ class Service:
         with self._work:
             while not self._stopping:
                 try:
+                    self._end_given_up()
                     operation = journal.claim(self._has_room)
                 except OnedBackupError:
                     logger.exception("the queue cannot be read")
@@ -206,8 +209,6 @@ class Service:
     def _run(self, operation: Operation) -> None:
         """Run one operation to its end: the top of a worker, where everything is caught."""
         cancellation = self._running[operation.id]
-        if self.services.store.journal.get(operation.id).cancel_requested:
-            cancellation.cancel()
         context = Context(
             self.services,
             operation,
@@ -216,6 +217,8 @@ class Service:
             log=lambda level, line: self._log(operation, level, line),
         )
         try:
+            if self.services.store.journal.get(operation.id).cancel_requested:
+                cancellation.cancel()
             with held(self.settings.run_dir, operation.id) as context.lock_fd:
                 state = run_operation(KINDS[operation.kind], context)
             logger.info("%s %s: %s", operation.kind, operation.id, state)
@@ -224,13 +227,23 @@ class Service:
             self._give_up(operation, error)
 
     def _give_up(self, operation: Operation, error: Exception) -> None:
-        """The engine itself failed: at least the journal must say so."""
-        try:
-            self.services.store.journal.finish(
-                operation.id, OperationState.FAILED, error=describe(DriverFailed(f"internal error: {error}"))
-            )
-        except Exception:
-            logger.exception("%s cannot be ended in the journal", operation.id)
+        """The engine itself failed: at least the journal must say so, later if it cannot be written now."""
+        known = error if isinstance(error, OnedBackupError) else DriverFailed(f"internal error: {error}")
+        with self._work:
+            self._unended[operation.id] = describe(known)
+            self._end_given_up()
+
+    def _end_given_up(self) -> None:
+        """Write the end of what ended while the journal could not be written; it holds its lock till then."""
+        for operation_id, error in list(self._unended.items()):
+            try:
+                self.services.store.journal.finish(operation_id, OperationState.FAILED, error=error)
+            except (Conflict, NotFound):
+                pass  # it has its end already
+            except Exception:
+                logger.exception("%s cannot be ended in the journal", operation_id)
+                continue
+            del self._unended[operation_id]
 
     def _log(self, operation: Operation, level: int, line: str) -> None:
         logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", operation.id, line)

@@ -101,7 +101,7 @@ def _result(context: Context) -> Mapping[str, Any]:
 _REMOVAL = (
     Step("MARK", record=_mark),
     Step("REMOVE", do=_remove),
-    Step("FORGET", record=_forget),
+    Step("FORGET", record=_forget, commits=True),
 )
 
 DELETE = OperationKind(

@@ -15,7 +15,7 @@ from typing import Any
 
 from oned_backup.errors import Cancelled, DriverFailed, OnedBackupError
 from oned_backup.operations.context import Context, describe
-from oned_backup.operations.steps import DONE, FAILED, Event, Step, doing, transitions, undoing
+from oned_backup.operations.steps import DONE, FAILED, Event, Step, Undo, doing, transitions, undoing
 from oned_backup.store import OperationState, StepState
 
 logger = logging.getLogger(__name__)
@@ -144,11 +144,8 @@ class _Walk:
         context = self.context
         context.step = undo.name
         context.report(undo.name, 0, 0)
-        number = None
+        number = self._begin_undo(step, undo)
         try:
-            number = context.services.store.journal.begin_step(
-                context.operation.id, undo.name, {"attempt": context.attempt, "undoes": step.name}
-            )
             with context.uncancellable():
                 self._persistently(undo.run)
         except Exception as error:  # noqa: BLE001 - the other undos must still run
@@ -157,10 +154,25 @@ class _Walk:
             if number is not None:
                 self._end(number, StepState.FAILED, {"error": describe(known)})
             return Event.ERROR
-        self._end(number, StepState.DONE)
+        if number is not None:
+            self._end(number, StepState.DONE)
         if step.name in self.numbers:
             self._end(self.numbers[step.name], StepState.UNDONE)
         return Event.OK
+
+    def _begin_undo(self, step: Step, undo: Undo) -> int | None:
+        """The undo's number in the journal; None if that cannot be written, which must not stop it.
+
+        What it undoes has an intent there already, so nothing is lost by that.
+        """
+        context = self.context
+        try:
+            return context.services.store.journal.begin_step(
+                context.operation.id, undo.name, {"attempt": context.attempt, "undoes": step.name}
+            )
+        except Exception:
+            logger.exception("journal of %s cannot be written", context.operation.id)
+            return None
 
     def _persistently(self, run: Callable[[Context], None]) -> None:
         """Run an undo, again after a short while if it could not reach what it needs."""

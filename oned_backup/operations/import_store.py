@@ -209,6 +209,6 @@ def _result(context: Context) -> Mapping[str, Any]:
 
 IMPORT = OperationKind(
     name="import",
-    steps=(Step("READ", do=_read), Step("RECORD", record=_import)),
+    steps=(Step("READ", do=_read), Step("RECORD", record=_import, commits=True)),
     result=_result,
 )

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from oned_backup.errors import OnedBackupError, Unavailable
+from oned_backup.model.vm import Vm, backup_ended
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.engine import finish, go_on
 from oned_backup.operations.kinds import KINDS
@@ -33,11 +34,14 @@ _GRACE_S = 2.0
 def recover(services: Services, *, workers: int = 16) -> tuple[Operation, ...]:
     """End all interrupted operations; returns them as they ended."""
     unfinished = services.store.journal.unfinished()
-    if not unfinished:
-        return ()
     began = time.monotonic()
-    with ThreadPoolExecutor(max_workers=min(workers, len(unfinished)), thread_name_prefix="recover") as pool:
+    with ThreadPoolExecutor(max_workers=max(min(workers, len(unfinished)), 1)) as pool:
         list(pool.map(lambda operation: _recover_one(services, operation, began + BUDGET_S), unfinished))
+    for entry in services.store.find("vm"):
+        if Vm(entry.element).in_backup:  # its operation ended without telling it
+            services.store.change(
+                "vm", Vm(entry.element).id, lambda element: backup_ended(Vm(element)).element
+            )
     return tuple(services.store.journal.get(operation.id) for operation in unfinished)
 
 
@@ -73,7 +77,7 @@ def _bring_to_end(services: Services, operation: Operation, budget_until: float)
     cause: OnedBackupError = _restarted(f"in step {steps[-1].name}" if steps else "before its first step")
     asked = OperationState.CANCELLED if operation.cancel_requested else OperationState.FAILED
     finish(kind, context, asked, cause)
-    if kind.requeue:
+    if kind.requeue and not operation.cancel_requested:
         services.store.journal.enqueue(
             operation.kind,
             operation.lock,

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from oned_backup.contract.request import Request
 from oned_backup.daemon import requests
 from oned_backup.daemon.service import Service
-from oned_backup.errors import Conflict
+from oned_backup.errors import Conflict, NoSpace
 from oned_backup.model.vm import Vm
 from oned_backup.store import OperationState
 from tests.unit.operations.conftest import DOMAIN, World
@@ -138,3 +139,28 @@ def test_a_stop_does_not_wait_for_ever(world: World, vms: list[int]) -> None:
     assert service.services.store.journal.get(operation.id).state is OperationState.RUNNING
     gate.open()
     until(lambda: service.services.store.journal.get(operation.id).state.is_final)
+
+
+def test_an_end_that_cannot_be_written_is_written_later(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = world.services.store.journal
+    finish = type(journal).finish
+    broken = threading.Event()
+    broken.set()
+
+    def full(*arguments: Any, **values: Any) -> Any:
+        if broken.is_set():
+            raise NoSpace("database: disk full")
+        return finish(*arguments, **values)
+
+    monkeypatch.setattr(type(journal), "finish", full)
+    monkeypatch.setattr("oned_backup.daemon.service._LOOK_S", 0.05)
+    service.start()
+    first = requests.backup(service, 0)
+    until(lambda: bool(service._unended))
+    assert journal.get(first.id).state is OperationState.RUNNING
+    broken.clear()
+    until(lambda: journal.get(first.id).state is OperationState.FAILED)
+    second = requests.backup(service, 0)
+    until(lambda: journal.get(second.id).state is OperationState.DONE)

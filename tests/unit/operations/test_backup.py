@@ -303,3 +303,20 @@ def test_manifest_that_breaks_the_contract_fails_the_backup(world: World, manife
     assert done.state is OperationState.FAILED
     assert "DriverBug" in str(done.error)
     assert not world.services.store.backups(vm_id=0)
+
+
+def test_a_journal_that_cannot_be_written_does_not_stop_the_cleaning(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = world.services.store.journal
+    begin_step = journal.begin_step
+
+    def full(operation_id: str, name: str, data: dict[str, Any] | None = None) -> int:
+        if name in {"STORE", "DISCARD", "CLEAN"}:
+            raise NoSpace("database: disk full")
+        return begin_step(operation_id, name, data)
+
+    monkeypatch.setattr(journal, "begin_step", full)
+    failed = world.run("backup", vm_id=0)
+    assert error_of(failed)["code"] == "NoSpace"
+    assert world.drivers.cleaning() == ["backup_cancel", "rm", "post_backup_live"]

@@ -150,3 +150,35 @@ def test_a_lock_that_nobody_holds_is_no_driver(tmp_path: Path) -> None:
     assert end_old_drivers(tmp_path, "op-1", grace_s=0.1)
     lock_path(tmp_path, "op-1").touch()
     assert end_old_drivers(tmp_path, "op-1", grace_s=0.1)
+
+
+def test_a_removal_that_is_over_is_told_as_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run("backup", vm_id=0)
+    journal = world.services.store.journal
+    with monkeypatch.context() as patched:
+        patched.setattr(type(journal), "finish", lambda *_args, **_kwargs: die(None))  # type: ignore[arg-type]
+        journal.enqueue("delete", "vm:0", {"image_id": 0}, vm_id=0)
+        operation = journal.claim()
+        assert operation is not None
+        with pytest.raises(Died):
+            run_operation(KINDS["delete"], Context(world.services, operation))
+    (ended,) = recover(world.services)
+    assert ended.state is OperationState.DONE
+    assert journal.claim() is None
+
+
+def test_a_removal_that_was_to_be_cancelled_is_not_taken_up_again(world: World) -> None:
+    world.run("backup", vm_id=0)
+    operation_id = killed_in(world, "rm", "delete", image_id=0)
+    world.services.store.journal.request_cancel(operation_id)
+    (ended,) = recover(world.services)
+    assert ended.state is OperationState.CANCELLED
+    assert world.services.store.journal.claim() is None
+
+
+def test_no_vm_stays_in_backup_without_an_operation(world: World) -> None:
+    operation_id = killed_in(world, "pre_backup_live", vm_id=0)
+    world.services.store.journal.finish(operation_id, OperationState.FAILED)
+    assert world.services.vm(0).state_name == "BACKUP"
+    assert recover(world.services) == ()
+    assert world.services.vm(0).state_name == "RUNNING"
