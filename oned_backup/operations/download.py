@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from oned_backup.contract.url import parse_url
-from oned_backup.errors import Cancelled, Conflict, InvalidInput, Salvaged, Unavailable
+from oned_backup.errors import Cancelled, Conflict, DataCorrupt, InvalidInput, Salvaged, Unavailable
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
+from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.steps import Step, Undo
 
@@ -32,7 +33,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
     if image_format not in FORMATS:
         raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
     target = Path(context.text("target"))
-    if not target.is_absolute() or ".." in target.parts:
+    if "\0" in str(target) or not target.is_absolute() or ".." in target.parts:
         raise InvalidInput(f"target '{str(target)[:200]}' is not an absolute path")
     kind = _kind_of(target)
     if kind == "file" and target.stat().st_size and not context.arguments.get("overwrite"):
@@ -87,7 +88,11 @@ def _download(context: Context) -> Mapping[str, Any]:
     salvaged = ""
     try:
         context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
-    except Salvaged as damage:
+    except (DataCorrupt, Salvaged) as damage:
+        backup_id = parse_url(facts["url"]).chain[-1][1]
+        found_while_reading(context, backup_id, f"a disk could not be proved by a download: {damage}")
+        if not isinstance(damage, Salvaged):
+            raise
         salvaged = str(damage)
     finally:
         if descriptor is not None:

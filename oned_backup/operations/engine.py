@@ -7,13 +7,14 @@ guest that changed its state in the middle); before that everything was undone.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oned_backup.errors import Cancelled, DriverFailed, OnedBackupError
+from oned_backup.errors import Cancelled, DriverFailed, NoSpace, OnedBackupError, PermissionDenied
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.steps import DONE, FAILED, Event, Step, Undo, doing, transitions, undoing
 from oned_backup.store import OperationState, StepState
@@ -22,6 +23,15 @@ logger = logging.getLogger(__name__)
 
 #: undos are tried so often when what they need cannot be reached
 _UNDO_TRIES = 3
+
+_KNOWN_ERRORS: Mapping[int | None, type[OnedBackupError]] = {
+    errno.ENOSPC: NoSpace,
+    errno.EDQUOT: NoSpace,
+    errno.EFBIG: NoSpace,
+    errno.EACCES: PermissionDenied,
+    errno.EPERM: PermissionDenied,
+    errno.EROFS: PermissionDenied,
+}
 
 
 @dataclass(frozen=True)
@@ -267,6 +277,9 @@ def as_known(error: Exception) -> OnedBackupError:
     """`error`, or for a fault of our own one that says so (its traceback is in the daemon's log)."""
     if isinstance(error, OnedBackupError):
         return error
+    if isinstance(error, OSError) and error.errno in _KNOWN_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return _KNOWN_ERRORS[error.errno](f"{where}{error.strerror}")
     logger.error("unexpected", exc_info=error)
     return DriverFailed(
         f"internal error: {type(error).__name__}: {error}", hint="The daemon's log has the traceback."

@@ -32,6 +32,7 @@ from oned_backup.model.host import Host
 from oned_backup.model.names import checked_name
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
+from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.domains import list_domains
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step, Undo
@@ -51,6 +52,12 @@ def _plan(context: Context) -> Mapping[str, Any]:
         raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
     directory = _directory(context.text("to"))
     image = context.services.image(context.integer("image_id"))
+    whole_vm = context.arguments.get("disk_id") is None
+    if image.has_selected_disks and whole_vm and context.arguments.get("define_host_id") is not None:
+        raise InvalidInput(
+            f"image {image.id}: cannot restore a VM from a selected disk backup",
+            hint="Restore the files without --define, or name the disk with --disk-id.",
+        )
     plan = stored.plan_restore(
         context.services,
         context.caller,
@@ -84,7 +91,7 @@ def _keep(context: Context, name: str, text: str) -> None:
 
 def _directory(text: str) -> Path:
     directory = Path(text)
-    if not directory.is_absolute() or ".." in directory.parts:
+    if "\0" in text or not directory.is_absolute() or ".." in directory.parts:
         raise InvalidInput(f"--to: '{text[:200]}' is not an absolute path")
     if directory.exists() and not directory.is_dir():
         raise InvalidInput(f"--to: {directory} is not a directory")
@@ -165,17 +172,25 @@ def _partials(context: Context) -> dict[str, Any]:
 def _download(context: Context) -> Mapping[str, Any]:
     plan = _restore_plan(context)
     directory = Path(context.facts["directory"])
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc, say
+        raise InvalidInput(f"--to: {directory} cannot be made: {error.strerror}") from error
     for made in context.facts["made_directories"]:
         Path(made).chmod(0o755)  # QEMU runs as another user; the files themselves are private
     partials = context.facts["partials"]
     salvaged = []
     for disk in plan.disks:
         context.check_cancelled()
+        damaged = f"disk {disk.disk_id} could not be proved by a restore"
         target = partials[str(directory / context.facts["names"][str(disk.disk_id)])]
         try:
             _download_disk(context, disk, target)
+        except DataCorrupt as damage:
+            found_while_reading(context, plan.backup_id, f"{damaged}: {damage}")
+            raise
         except Salvaged as damage:
+            found_while_reading(context, plan.backup_id, f"{damaged}: {damage}")
             salvaged.append(f"disk {disk.disk_id}: {damage}")
     for name, data in plan.files:
         _write_new(Path(partials[str(directory / name)]), data)

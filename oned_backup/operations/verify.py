@@ -19,22 +19,13 @@ from oned_backup.contract.result import document
 from oned_backup.errors import Conflict, DataCorrupt, DriverBug, InvalidInput
 from oned_backup.model.image import Image
 from oned_backup.model.increments import chain_to
-from oned_backup.model.manifest import Manifest, parse_manifest
-from oned_backup.model.vm import Vm, with_config
+from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
+from oned_backup.operations.damage import broken_with, mark_broken
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
-
-
-def broken_with(damaged: Sequence[str], manifests: Sequence[Manifest]) -> tuple[str, ...]:
-    """The ids of the `damaged` backups and of all that continue one of them, in the chain's order."""
-    broken = set(damaged)
-    for manifest in manifests:
-        if broken & {disk.parent_id for disk in manifest.disks if disk.parent_id}:
-            broken.add(manifest.id)
-    return tuple(manifest.id for manifest in manifests if manifest.id in broken)
 
 
 def _read(context: Context) -> Mapping[str, Any]:
@@ -93,21 +84,16 @@ def _record(context: Context, tx: Transaction) -> Mapping[str, Any]:
     damaged = [backup_id for backup_id, found in failures.items() if found]
     rows = {row.backup_id: row for row in tx.backups(image_id=image.id)}
     manifests = [parse_manifest(row.manifest) for row in rows.values()]
-    broken = broken_with(damaged, manifests)
     now = context.services.clock()
-    for backup_id in broken:
-        texts = [f"{name}: {text}" for name, text in failures.get(backup_id, ())]
-        text = "; ".join(texts) or f"continues {damaged[0]}, which is damaged"
-        tx.mark_backup(backup_id, state=BackupState.BROKEN, failure=text)
+    texts = {
+        backup_id: "; ".join(f"{name}: {text}" for name, text in failures[backup_id]) for backup_id in damaged
+    }
+    broken, ends_chain = mark_broken(tx, image.id, texts)
     if context.facts["whole"]:
         known_bad = {row.backup_id for row in rows.values() if row.state is not BackupState.GOOD}
         still_bad = set(broken_with(sorted((known_bad - set(failures)) | set(damaged)), manifests))
         for backup_id in failures.keys() - still_bad:
             tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
-    vm = Vm(tx.get("vm", image.vm_id).element)
-    ends_chain = bool(broken) and vm.config.incremental_backup_id == image.id
-    if ends_chain:
-        tx.change("vm", vm.id, lambda element: with_config(Vm(element), vm.config.without_chain()).element)
     return {"broken": list(broken), "ends_chain": ends_chain}
 
 

@@ -11,8 +11,8 @@ from oned_backup.errors import InvalidInput
 from oned_backup.model.backup_config import BackupConfig, Mode
 from oned_backup.model.image import Image, ImageState, with_state
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
+from oned_backup.operations.damage import broken_with
 from oned_backup.operations.stored import manifest_of
-from oned_backup.operations.verify import broken_with
 
 from .conftest import World
 

@@ -11,9 +11,9 @@ import pytest
 from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
 from oned_backup.contract.request import Request
-from oned_backup.errors import DataCorrupt, DriverFailed, NoSpace
+from oned_backup.errors import DataCorrupt, DriverFailed, NoSpace, Salvaged
 from oned_backup.runner.run import Cancellation
-from oned_backup.store import OperationState
+from oned_backup.store import BackupState, OperationState
 
 from .conftest import DOMAIN, World
 
@@ -146,3 +146,45 @@ def test_no_secret_gets_into_the_journal(stored: World, tmp_path: Path) -> None:
     assert "secret variables" not in text
     assert "c2VjcmV0" not in text
     assert not (stored.services.settings.work_dir / done.id).exists()
+
+
+@pytest.mark.parametrize("error", [DataCorrupt("disk 0: bad"), Salvaged("disk 0: 64 KiB are zero")])
+def test_damage_that_a_restore_meets_is_entered(
+    stored: World, tmp_path: Path, error: DataCorrupt | Salvaged
+) -> None:
+    def damaged(request: Request) -> None:
+        Path(request.options["TARGET"]).write_bytes(b"disk")
+        raise error
+
+    stored.run("backup", vm_id=0)
+    stored.drivers.script["download"] = [damaged]
+    assert stored.services.vm(0).config.has_chain
+    ended = stored.run("restore", image_id=0, increment_id=0, to=str(tmp_path / "out"))
+    assert ended.state is (OperationState.DONE if isinstance(error, Salvaged) else OperationState.FAILED)
+    assert "marked as BROKEN" in ended.result["notes"][0]
+    # what continues the damaged one is BROKEN with it, and the chain is not continued
+    assert {row.state for row in stored.services.store.backups()} == {BackupState.BROKEN}
+    assert not stored.services.vm(0).config.has_chain
+
+
+def test_a_vm_is_not_defined_over_selected_disks(stored: World, tmp_path: Path) -> None:
+    def selected(element: xmldoc.Element) -> xmldoc.Element:
+        changed = xmldoc.copy(element)
+        xmldoc.put(changed, "TEMPLATE", {"BACKUP_SELECTED_DISKS": "YES"})
+        return changed
+
+    stored.services.store.change("image", 0, selected)
+    refused = stored.run("restore", image_id=0, to=str(tmp_path / "out"), define_host_id=0)
+    assert json.loads(refused.error)["code"] == "InvalidInput"
+    assert "cannot restore a VM from a selected disk backup" in json.loads(refused.error)["message"]
+    one = stored.run("restore", image_id=0, to=str(tmp_path / "one"), define_host_id=0, disk_id=0)
+    assert one.state is OperationState.DONE, one.error
+    files = stored.run("restore", image_id=0, to=str(tmp_path / "files"))
+    assert files.state is OperationState.DONE, files.error
+
+
+def test_a_directory_that_cannot_be_made_is_no_fault_of_ours(stored: World) -> None:
+    failed = stored.run("restore", image_id=0, to="/proc/no/such")
+    assert json.loads(failed.error)["code"] == "InvalidInput"
+    failed = stored.run("restore", image_id=0, to="/srv/a\0b")
+    assert json.loads(failed.error)["code"] == "InvalidInput"

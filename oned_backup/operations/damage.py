@@ -1,0 +1,53 @@
+"""What follows from damage in a store: restore points are BROKEN, and a chain that is hit is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from oned_backup.errors import NotFound
+from oned_backup.model.image import Image
+from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.vm import Vm, with_config
+from oned_backup.operations.context import Context
+from oned_backup.store import BackupState, Transaction
+
+
+def broken_with(damaged: Collection[str], manifests: Sequence[Manifest]) -> tuple[str, ...]:
+    """The ids of the `damaged` backups and of all that continue one of them, in the chain's order."""
+    broken = set(damaged)
+    for manifest in manifests:
+        if broken & {disk.parent_id for disk in manifest.disks if disk.parent_id}:
+            broken.add(manifest.id)
+    return tuple(manifest.id for manifest in manifests if manifest.id in broken)
+
+
+def mark_broken(tx: Transaction, image_id: int, damaged: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
+    """Mark the `damaged` backups (what was found, by id) of an image and all that continue them.
+
+    Returns the ids of all of them, and whether the VM's active chain ended by it.
+    """
+    manifests = [parse_manifest(row.manifest) for row in tx.backups(image_id=image_id)]
+    broken = broken_with(damaged, manifests)
+    for backup_id in broken:
+        text = damaged.get(backup_id) or f"continues {next(iter(damaged))}, which is damaged"
+        tx.mark_backup(backup_id, state=BackupState.BROKEN, failure=text)
+    vm = Vm(tx.get("vm", Image(tx.get("image", image_id).element).vm_id).element)
+    ends_chain = bool(broken) and vm.config.incremental_backup_id == image_id
+    if ends_chain:
+        tx.change("vm", vm.id, lambda element: with_config(Vm(element), vm.config.without_chain()).element)
+    return broken, ends_chain
+
+
+def found_while_reading(context: Context, backup_id: str, text: str) -> None:
+    """Enter damage that showed when a restore point was read for other reasons than to verify it."""
+    with context.services.store.transaction() as tx:
+        try:
+            row = tx.backup(backup_id)
+        except NotFound:  # a store's backup that the catalogue does not know
+            return
+        if row.state is not BackupState.GOOD:
+            return
+        _, ends_chain = mark_broken(tx, row.image_id, {backup_id: text})
+    context.note(f"backup {backup_id} is marked as BROKEN; `oned-backup image verify` finds all damage")
+    if ends_chain:
+        context.note("the damaged chain is closed: the next backup starts a new one")
