@@ -335,8 +335,8 @@ def _add_images(app: FastAPI, service: Service) -> None:
         return views.operation_view(service, requests.restore(service, image_id, _given(body)))
 
     @app.delete("/v1/images/{image_id}")
-    def delete(image_id: int) -> Any:
-        return views.operation_view(service, requests.delete(service, image_id))
+    def delete(image_id: int, *, force: bool = False) -> Any:
+        return views.operation_view(service, requests.delete(service, image_id, force=force))
 
     @app.post("/v1/downloads")
     def download(body: DownloadBody) -> Any:

@@ -134,10 +134,18 @@ def _show_verified(operation: Mapping[str, Any]) -> None:
 
 
 @app.command()
-def delete(image: _Id, *, wait: Wait = True, json: Json = False) -> None:
+def delete(
+    image: _Id,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Forget it even if its store cannot remove it.")
+    ] = False,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
     """Delete an image with all its restore points."""
     api = client()
-    operation = api.delete(f"images/{image}")
+    operation = api.delete(f"images/{image}{'?force=true' if force else ''}")
     follow.conclude(
         api, operation, wait=wait, as_json=json, show=lambda _ended: output.say(f"image {image} deleted")
     )

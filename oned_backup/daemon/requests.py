@@ -60,8 +60,11 @@ def restore(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Op
     return service.submit("restore", vm_lock(image.vm_id), found, vm_id=image.vm_id, image_id=image_id)
 
 
-def delete(service: Service, image_id: int) -> Operation:
-    """Queue the removal of an image; `Conflict` while its VM is being backed up."""
+def delete(service: Service, image_id: int, *, force: bool = False) -> Operation:
+    """Queue the removal of an image; `Conflict` while its VM is being backed up.
+
+    `force`: forget it even if its store cannot remove it.
+    """
     image = service.services.image(image_id)
     running = _backup_of(service, image.vm_id)
     if running is not None and image.state != ImageState.DELETE:
@@ -69,7 +72,7 @@ def delete(service: Service, image_id: int) -> Operation:
             f"image {image_id}: active backup {running.id} on VM {image.vm_id}",
             hint="Wait till it is finished, or cancel it.",
         )
-    arguments = {"image_id": image_id}
+    arguments: dict[str, Any] = {"image_id": image_id} | ({"force": True} if force else {})
     return service.submit("delete", vm_lock(image.vm_id), arguments, vm_id=image.vm_id, image_id=image_id)
 
 

@@ -149,12 +149,15 @@ def new_image(
     disk_ids: Iterable[int],
     increment: Increment | None = None,
     image_format: str = "raw",
+    selected_disks: bool | None = None,
 ) -> Image:
     """The document of a first backup: of a chain if `increment` is given, else of MODE=FULL.
 
     It belongs to the owner of `vm`. `source` is the backup id; `image_format` is
-    OpenNebula's word (`raw`, whatever the files are).
+    OpenNebula's word (`raw`, whatever the files are). `selected_disks`: whether DISK_IDS left
+    out some; None: as `vm` is configured.
     """
+    selected = bool(vm.config.disk_ids) if selected_disks is None else selected_disks
     element = xmldoc.build(
         "IMAGE",
         {
@@ -181,7 +184,7 @@ def new_image(
             "VMS": id_list([vm.id]),
             "CLONES": None,
             "APP_CLONES": None,
-            "TEMPLATE": {"BACKUP_SELECTED_DISKS": "YES"} if vm.config.disk_ids else None,
+            "TEMPLATE": {"BACKUP_SELECTED_DISKS": "YES"} if selected else None,
             "SNAPSHOTS": {"ALLOW_ORPHANS": "NO", "CURRENT_BASE": -1, "NEXT_SNAPSHOT": 0},
             "BACKUP_INCREMENTS": None if increment is None else increment.to_element(),
             "BACKUP_DISK_IDS": id_list(disk_ids),

@@ -10,7 +10,7 @@ starts again there, which the manifests tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -129,18 +129,21 @@ def disk_chain(
     )
 
 
-def expired_images(images: Sequence[Image], keep_last: int, active_image_id: int = -1) -> tuple[Image, ...]:
+def expired_images(
+    images: Sequence[Image], keep_last: int, active_image_id: int = -1, broken_ids: Collection[int] = ()
+) -> tuple[Image, ...]:
     """The images of a VM that KEEP_LAST lets go, oldest first; none if it is 0.
 
     Counts images, as OpenNebula does: a backup of MODE=FULL, or a whole chain.
     The image of the active chain is never among them. Images that are not
-    READY do not count, so that a broken one never pushes out a good one; they
-    go together with the good ones of their age.
+    READY, and those of `broken_ids` (no restore point of them is good), do not
+    count, so that a broken one never pushes out a good one; they go together
+    with the good ones of their age.
     """
     if keep_last <= 0:
         return ()
     ordered = sorted(images, key=lambda image: image.id)
-    good = [image.id for image in ordered if image.is_ready]
+    good = [image.id for image in ordered if image.is_ready and image.id not in broken_ids]
     if len(good) <= keep_last:
         return ()
     oldest_kept = good[-keep_last]

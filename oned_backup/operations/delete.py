@@ -8,7 +8,8 @@
 
 From MARK on nothing can be restored from the images, so there is no way back:
 what fails is marked and stays in state DELETE until a further delete succeeds.
-After a restart of the daemon it is queued again.
+After a restart of the daemon it is queued again. With `force` what the store does not
+remove is forgotten nevertheless, and named in the notes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from oned_backup.errors import Conflict
+from oned_backup.errors import Cancelled, OnedBackupError
 from oned_backup.model.datastore import Datastore, without_image
 from oned_backup.model.image import Image, ImageState, with_state
 from oned_backup.model.increments import expired_images
@@ -29,12 +30,8 @@ from oned_backup.store import BackupState, Transaction
 
 
 def _choose_one(context: Context) -> Mapping[str, Any]:
-    image = context.services.image(context.integer("image_id"))
-    if context.services.vm(image.vm_id).in_backup:
-        raise Conflict(
-            "active backup on the associated VM: wait till it is finished to delete the backup image"
-        )
-    return {"image_ids": [image.id]}
+    # No backup of the VM runs: it would hold the VM's lock, which is ours.
+    return {"image_ids": [context.services.image(context.integer("image_id")).id]}
 
 
 def _choose_expired(context: Context) -> Mapping[str, Any]:
@@ -42,7 +39,9 @@ def _choose_expired(context: Context) -> Mapping[str, Any]:
     vm = services.vm(context.integer("vm_id"))
     images = [services.image(image_id) for image_id in vm.backup_ids]
     active = vm.config.incremental_backup_id if vm.config.has_chain else -1
-    expired = expired_images(images, vm.config.keep_last, active)
+    good = {row.image_id for row in services.store.backups(vm_id=vm.id, state=BackupState.GOOD)}
+    broken = {image.id for image in images} - good
+    expired = expired_images(images, vm.config.keep_last, active, broken)
     return {"image_ids": [image.id for image in expired], "keep_last": vm.config.keep_last}
 
 
@@ -73,7 +72,15 @@ def _remove(context: Context) -> Mapping[str, Any]:
         context.check_cancelled()
         rows = context.services.store.backups(image_id=image.id)
         ids = [row.backup_id for row in rows]
-        stored.call_image(context.services, context.caller, "rm", image, {"BACKUP_IDS": ",".join(ids)})
+        try:
+            stored.call_image(context.services, context.caller, "rm", image, {"BACKUP_IDS": ",".join(ids)})
+        except Cancelled:
+            raise
+        except OnedBackupError as error:
+            if not context.arguments.get("force"):
+                raise
+            context.note(f"forgotten, but left in datastore {image.datastore_id}: {', '.join(ids)}: {error}")
+            continue
         removed += ids
     return {"removed": removed}
 

@@ -10,13 +10,14 @@ starts a new one (the checkpoints belong to the installation that made them).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.documents import Catalogue
+from oned_backup.contract.exports import Reason
 from oned_backup.contract.result import document
 from oned_backup.errors import DataCorrupt, Unsupported
 from oned_backup.model.backup_config import BackupConfig, Mode
@@ -38,7 +39,7 @@ from oned_backup.model.vm import (
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step
-from oned_backup.store import Backup, Transaction
+from oned_backup.store import Backup, BackupState, Transaction
 
 _MIB = 1024 * 1024
 
@@ -63,6 +64,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     catalogue = _catalogue(context)
     unreadable = [f"{name}: {text}" for name, text in catalogue.unreadable]
     known = {row.backup_id for row in tx.backups()}
+    changing = _changing(context, tx)
     chains: dict[tuple[int, str], list[tuple[Manifest, str]]] = defaultdict(list)
     for text in catalogue.manifests:
         try:
@@ -72,11 +74,15 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
             continue
         chains[manifest.vm_id, manifest.chain_id].append((manifest, text))
     counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
-    for (_, chain_id), entries in sorted(chains.items(), key=lambda item: item[1][0][0].date):
-        entries.sort(key=lambda entry: entry[0].increment_id)
+    for (_, chain_id), found in sorted(chains.items(), key=lambda item: item[1][0][0].date):
+        entries, doubles = _one_of_each(found, known)
+        unreadable += doubles
         missing = [entry for entry in entries if entry[0].id not in known]
         counts["known"] += len(entries) - len(missing)
         if not missing:
+            continue
+        if entries[0][0].vm_uuid in changing:
+            unreadable.append(f"chain {chain_id}: its VM was backed up or its backups removed meanwhile")
             continue
         if entries[0][0].id != chain_id:
             unreadable.append(f"chain {chain_id}: its first backup is not in the store")
@@ -86,6 +92,41 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     for text in unreadable:
         context.note(f"not imported: {text}")
     return {**counts, "unreadable": unreadable}
+
+
+def _changing(context: Context, tx: Transaction) -> set[str]:
+    """UUIDs of the VMs of which the store may have changed since it was read.
+
+    What a backup has published but not recorded, or a removal has removed, must not be imported.
+    """
+    began = context.operation.started_at or 0.0
+    ids = {
+        other.vm_id
+        for other in tx.journal.list()
+        if other.kind in {"backup", "delete", "retain"}
+        and other.started_at is not None
+        and (other.ended_at is None or other.ended_at >= began)
+    }
+    return {vm.uuid for entry in tx.find("vm") if (vm := Vm(entry.element)).id in ids}
+
+
+def _one_of_each(
+    entries: Sequence[tuple[Manifest, str]], known: Collection[str]
+) -> tuple[list[tuple[Manifest, str]], list[str]]:
+    """The chain with one backup of each increment id, and what is said of the others.
+
+    There are two where a backup failed, but could not be taken back from the store before the
+    next one. That one counts which is known, or continued, or the newer.
+    """
+    parents = {disk.parent_id for manifest, _ in entries for disk in manifest.disks}
+    chosen: dict[int, tuple[Manifest, str]] = {}
+    doubles = []
+    for entry in sorted(entries, key=lambda e: (e[0].id in known, e[0].id in parents, e[0].date)):
+        older = chosen.get(entry[0].increment_id)
+        if older is not None:
+            doubles.append(f"backup {older[0].id}: increment {entry[0].increment_id} is {entry[0].id}")
+        chosen[entry[0].increment_id] = entry
+    return [chosen[number] for number in sorted(chosen)], doubles
 
 
 def _import_chain(
@@ -103,7 +144,13 @@ def _import_chain(
     else:
         image = _create_image(tx, datastore_id, vm, first)
         counts["images"] += 1
+    present = {manifest.id for manifest, _ in entries}
+    lost = {disk.parent_id for manifest, _ in entries for disk in manifest.disks} - present - {""}
+    broken: set[str] = set()
     for manifest, text in entries:
+        gap = (lost | broken) & {disk.parent_id for disk in manifest.disks}
+        if gap:
+            broken.add(manifest.id)
         if manifest.id in known:
             continue
         if manifest.id != first.id:
@@ -117,6 +164,8 @@ def _import_chain(
                 datastore_id=datastore_id,
                 manifest=text,
                 stored_at=manifest.date,
+                state=BackupState.BROKEN if gap else BackupState.GOOD,
+                failure=f"continues {min(gap)}, which is not in the store or broken" if gap else "",
             )
         )
 
@@ -138,6 +187,9 @@ def _create_image(tx: Transaction, datastore_id: int, vm: Vm, first: Manifest) -
                 size_mb=_size_mb(first),
                 disk_ids=[disk.disk_id for disk in first.disks],
                 increment=_increment(first, -1) if tracked else None,
+                selected_disks=any(
+                    disk.get("reason") == Reason.NOT_SELECTED for disk in first.raw.get("excluded", ())
+                ),
             ).element
         ),
     )

@@ -16,9 +16,13 @@ from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, with_backup, wit
 from oned_backup.model.vm import with_state as with_vm_state
 from oned_backup.operations.domains import DomainSummary, list_domains, look_up_domain
 from oned_backup.operations.services import Caller, Services, query_caller, secret_context
+from oned_backup.store import OperationState, Transaction
 
 #: for so long a measurement of a datastore is good enough to plan by
 FRESH_S = 300
+
+#: what a backup that is under way does not look at again
+_MEANWHILE = frozenset({"FS_FREEZE", "KEEP_LAST"})
 
 
 def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str) -> Host:
@@ -146,7 +150,16 @@ def _adopted(new: Vm, old: Vm) -> Vm:
 def configure_vm(services: Services, vm_id: int, values: Mapping[str, str]) -> tuple[Vm, bool]:
     """The VM with the user's BACKUP_CONFIG values, and whether that ends its active chain."""
     before = services.vm(vm_id)
-    after = Vm(services.store.change("vm", vm_id, lambda element: configure(Vm(element), values).element))
+
+    def configured(element: Any) -> Any:
+        if Vm(element).in_backup and not _MEANWHILE.issuperset(values):
+            raise Conflict(
+                f"VM {vm_id} is being backed up: only {', '.join(sorted(_MEANWHILE))} can be set meanwhile",
+                hint="Wait till it is finished, or cancel it.",
+            )
+        return configure(Vm(element), values).element
+
+    after = Vm(services.store.change("vm", vm_id, configured))
     return after, before.config.has_chain and not after.config.has_chain
 
 
@@ -191,17 +204,17 @@ def update_datastore(
     }
     parameters = manifest.checked_parameters({**opened, **values})
 
-    def changed(element: Any) -> Any:
+    def changed(element: Any) -> Datastore:
         new = with_parameters(Datastore(element), _sealed(services, manifest, datastore_id, parameters))
         new = datastores.enabled(new)
-        return (new if name is None else datastores.with_name(new, name)).element
+        return new if name is None else datastores.with_name(new, name)
 
-    services.store.change("datastore", datastore_id, changed)
-    try:
-        return measure(services, datastore_id)
-    except OnedBackupError:
-        services.store.change("datastore", datastore_id, lambda _new: old.element)
-        raise
+    # Measured before it is stored: whatever changes meanwhile, its images say, is not lost.
+    sizes = _capacity(changed(old.element), query_caller(services, "monitor"))
+    stored = services.store.change(
+        "datastore", datastore_id, lambda element: with_capacity(changed(element), **sizes).element
+    )
+    return Datastore(stored)
 
 
 def _sealed(
@@ -224,14 +237,25 @@ def delete_datastore(services: Services, datastore_id: int) -> None:
                 f"datastore {datastore_id} ({datastore.name}) keeps {len(datastore.image_ids)} images",
                 hint="Delete the images first: `oned-backup image delete ID`.",
             )
+        _refuse_used(tx, datastore_id)
         tx.delete("datastore", datastore_id)
+
+
+def _refuse_used(tx: Transaction, datastore_id: int) -> None:
+    """`Conflict` while a backup goes into the datastore: it would be left there, known to nobody."""
+    for operation in tx.journal.list(state=OperationState.RUNNING):
+        plans = [step.result.get("plan", {}) for step in tx.journal.steps(operation.id)]
+        if datastore_id in {operation.datastore_id, *(plan.get("datastore_id") for plan in plans)}:
+            raise Conflict(
+                f"datastore {datastore_id}: {operation.kind} {operation.id} is using it",
+                hint="Wait till it is finished, or cancel it.",
+            )
 
 
 def measure(services: Services, datastore_id: int, caller: Caller | None = None) -> Datastore:
     """The datastore with its capacity as its driver measures it now."""
     asking = caller or query_caller(services, "monitor")
-    answer = asking.datastore("monitor", services.datastore(datastore_id))
-    sizes = {key.lower(): _megabytes(answer, key) for key in ("TOTAL_MB", "USED_MB", "FREE_MB")}
+    sizes = _capacity(services.datastore(datastore_id), asking)
     return Datastore(
         services.store.change(
             "datastore", datastore_id, lambda element: with_capacity(Datastore(element), **sizes).element
@@ -248,6 +272,11 @@ def free_mb(services: Services, datastore_id: int, caller: Caller) -> int:
     found = measure(services, datastore_id, caller).free_mb
     services.measured_at[datastore_id] = now
     return found
+
+
+def _capacity(datastore: Datastore, caller: Caller) -> dict[str, int]:
+    answer = caller.datastore("monitor", datastore)
+    return {key.lower(): _megabytes(answer, key) for key in ("TOTAL_MB", "USED_MB", "FREE_MB")}
 
 
 def _megabytes(answer: Mapping[str, str], key: str) -> int:

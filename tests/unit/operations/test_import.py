@@ -1,0 +1,99 @@
+"""Import: the catalogue's entries from what a store says it holds, whatever is left in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from oned_backup import xmldoc
+from oned_backup.contract.documents import Catalogue
+from oned_backup.contract.request import Request
+from oned_backup.model.manifest import dump_manifest
+from oned_backup.store import BackupState, Operation, OperationState
+
+from .conftest import World
+
+UUID = "9a1c2b3d-0000-4000-8000-000000000001"
+
+
+def manifest(backup_id: str, increment_id: int, parent_id: str = "", **more: Any) -> str:
+    disk = {
+        "disk_id": 0,
+        "target": "vda",
+        "type": "INCREMENT" if parent_id else "FULL",
+        "reason": "increment" if parent_id else "first-backup",
+        "file": f"disk.0.{increment_id}",
+        "parent_id": parent_id,
+        "size_bytes": 1024,
+    }
+    backup = {
+        "id": backup_id,
+        "chain_id": "b0",
+        "parent_id": parent_id,
+        "increment_id": increment_id,
+        "type": disk["type"],
+        "date": 1000 + increment_id,
+        "checkpoint": f"odb-00000000-{backup_id}",
+        "vm": {"id": 0, "name": "web", "uuid": UUID},
+        "disks": [disk],
+        "files": [],
+        **more,
+    }
+    return json.dumps(json.loads(dump_manifest(backup)))
+
+
+def imported(world: World, *manifests: str) -> Operation:
+    text = xmldoc.serialize(Catalogue(manifests).to_xml())
+    world.drivers.answers["catalogue"] = lambda _request: {"CATALOGUE": text}
+    return world.run("import", datastore_id=100)
+
+
+def test_one_of_two_backups_that_failed_and_succeeded_at_one_increment(world: World) -> None:
+    done = imported(
+        world,
+        manifest("b0", 0),
+        manifest("b2", 1, "b0", date=1500),
+        manifest("b1", 1, "b0", date=1400),
+        manifest("b3", 2, "b2"),
+    )
+    assert done.state is OperationState.DONE, done.error
+    assert [row.backup_id for row in world.services.store.backups()] == ["b0", "b2", "b3"]
+    assert done.result["unreadable"] == ["backup b1: increment 1 is b2"]
+
+
+def test_what_continues_a_lost_backup_is_broken(world: World) -> None:
+    done = imported(world, manifest("b0", 0), manifest("b2", 2, "b1"), manifest("b3", 3, "b2"))
+    assert done.state is OperationState.DONE, done.error
+    states = {row.backup_id: row.state for row in world.services.store.backups()}
+    assert states == {"b0": BackupState.GOOD, "b2": BackupState.BROKEN, "b3": BackupState.BROKEN}
+
+
+def test_what_changes_meanwhile_is_not_imported(world: World) -> None:
+    journal = world.services.store.journal
+
+    def removed_meanwhile(_request: Request) -> None:
+        journal.enqueue("delete", "vm:0", {"image_id": 0}, vm_id=0)
+        delete = journal.claim(lambda operation: operation.kind == "delete")
+        assert delete is not None
+        journal.finish(delete.id, OperationState.DONE)
+
+    world.drivers.script["catalogue"] = [removed_meanwhile]
+    text = xmldoc.serialize(Catalogue((manifest("b0", 0),)).to_xml())
+    world.drivers.answers["catalogue"] = lambda _request: {"CATALOGUE": text}
+    # not by World.run, which takes the lock of VM 0
+    journal.enqueue("import", "datastore:100", {"datastore_id": 100}, datastore_id=100)
+    world.run_queued()
+    (done,) = journal.list(kind="import")
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["backups"] == 0
+    assert "removed meanwhile" in done.result["unreadable"][0]
+    assert imported(world, manifest("b0", 0)).result["backups"] == 1
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_whether_disks_were_selected_is_known_from_the_backup(world: World, *, selected: bool) -> None:
+    excluded = [{"disk_id": 1, "target": "vdb", "reason": "not-selected" if selected else "cdrom"}]
+    imported(world, manifest("b0", 0, excluded=excluded))
+    assert world.services.image(0).has_selected_disks is selected

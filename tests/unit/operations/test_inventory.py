@@ -1,0 +1,82 @@
+"""What is changed at once must not harm what is under way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from oned_backup.contract.request import Request
+from oned_backup.errors import Conflict, Unavailable
+from oned_backup.model.datastore import Datastore, with_image
+from oned_backup.operations.inventory import configure_vm, delete_datastore, update_datastore
+from oned_backup.store import BackupState, OperationState
+
+from .conftest import World
+
+
+def test_a_datastore_that_is_being_written_to_stays(world: World) -> None:
+    def delete(_request: Request) -> None:
+        with pytest.raises(Conflict, match="is using it"):
+            delete_datastore(world.services, 100)
+
+    world.drivers.script["backup"] = [delete]
+    assert world.run("backup", vm_id=0).state is OperationState.DONE
+
+
+def test_disks_are_not_chosen_anew_during_a_backup(world: World) -> None:
+    def configure(_request: Request) -> None:
+        with pytest.raises(Conflict, match="is being backed up"):
+            configure_vm(world.services, 0, {"DISK_IDS": "0"})
+        configure_vm(world.services, 0, {"KEEP_LAST": "3"})
+
+    world.drivers.script["backup"] = [configure]
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert not world.services.image(0).has_selected_disks
+    assert world.services.vm(0).config.keep_last == 3
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_update_loses_no_image_that_is_stored_meanwhile(world: World, *, fails: bool) -> None:
+    def stored(_request: Request) -> None:
+        world.services.store.change(
+            "datastore", 100, lambda element: with_image(Datastore(element), 7).element
+        )
+        if fails:
+            raise Unavailable("it has gone")
+
+    world.drivers.script["monitor"] = [stored]
+    if fails:
+        with pytest.raises(Unavailable):
+            update_datastore(world.services, 100, {}, name="other")
+    else:
+        update_datastore(world.services, 100, {}, name="other")
+    datastore = world.services.datastore(100)
+    assert datastore.image_ids == (7,)
+    assert datastore.name == ("b" if fails else "other")
+
+
+def test_retention_does_not_count_a_broken_backup(world: World) -> None:
+    configure_vm(world.services, 0, {"MODE": "FULL"})
+    world.run("backup", vm_id=0)
+    bad = world.run("backup", vm_id=0).result["backup_id"]
+    world.services.store.mark_backup(bad, state=BackupState.BROKEN, failure="bit rot")
+    configure_vm(world.services, 0, {"KEEP_LAST": "2"})
+    world.run("backup", vm_id=0)
+    world.run_queued()
+    assert world.services.vm(0).backup_ids == (0, 1, 2)
+
+
+def test_an_image_of_a_store_that_has_gone_is_forgotten_with_force(world: World) -> None:
+    world.run("backup", vm_id=0)
+    world.drivers.script["rm"] = [Unavailable("gone")] * 50
+    failed = world.run("delete", image_id=0)
+    assert failed.state is OperationState.FAILED
+    assert json.loads(failed.error)["code"] == "Unavailable"
+    assert world.services.image(0).state_name == "DELETE"
+    done = world.run("delete", image_id=0, force=True)
+    assert done.state is OperationState.DONE, done.error
+    assert "left in datastore 100" in done.result["notes"][0]
+    assert world.services.store.backups() == []
+    assert world.services.datastore(100).image_ids == ()
