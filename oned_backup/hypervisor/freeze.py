@@ -5,8 +5,9 @@
     window.method, window.milliseconds, window.warning
 
 A thaw is sent whether or not the freeze was answered: an agent that is slow to
-answer may freeze after we have given up. Should the block take longer than the
-limit, a watchdog thaws the guest in the middle of it. If the agent is absent
+answer may freeze after we have given up. If the thaw is not answered either, it
+is repeated after us (see `thawer`). Should the block take longer than the limit,
+a watchdog thaws the guest in the middle of it. If the agent is absent
 or hangs, the backup goes on without a freeze and with a warning: an image as
 after a power cut is better than none. A guest that somebody else had paused stays
 paused.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -54,11 +55,14 @@ class Window:
 
 
 @contextlib.contextmanager
-def frozen(domain: Domain, mode: Mode, *, timeout_s: float, note: Path) -> Iterator[Window]:
+def frozen(
+    domain: Domain, mode: Mode, *, timeout_s: float, note: Path, thaw_later: Callable[[], None]
+) -> Iterator[Window]:
     """Keep the guest from writing inside the block, as far as `mode` and its agent allow.
 
     `note` is a file named `suspended` that is there for as long as the guest is suspended
-    by us, so that `resume_if_noted` can help it should we die.
+    by us, so that `resume_if_noted` can help it should we die. `thaw_later` has a thaw repeated
+    that the agent has not answered.
     """
     window = Window(mode)
     if mode is Mode.NONE:
@@ -69,7 +73,7 @@ def frozen(domain: Domain, mode: Mode, *, timeout_s: float, note: Path) -> Itera
         yield window
         return
     if mode is Mode.AGENT:
-        with _by_agent(domain, window, timeout_s):
+        with _by_agent(domain, window, timeout_s, thaw_later):
             yield window
     else:
         with _by_suspending(domain, window, timeout_s, note):
@@ -88,7 +92,11 @@ def thaw(domain: Domain, *, timeout_s: float) -> int:
 def resume_if_noted(domain: Domain, directory: Path) -> None:
     """Resume a guest that was suspended by one of ours, whose notes lie below `directory`, and that died."""
     for note in directory.glob(f"*/{NOTE}"):
-        if note.read_text() == domain.uuid:
+        try:
+            is_ours = note.read_text() == domain.uuid
+        except FileNotFoundError:  # another guest's, that goes on already
+            continue
+        if is_ours:
             _resume(domain)
             note.unlink(missing_ok=True)
 
@@ -107,7 +115,9 @@ def resume_after_io_error(domain: Domain) -> None:
 
 
 @contextlib.contextmanager
-def _by_agent(domain: Domain, window: Window, timeout_s: float) -> Iterator[None]:
+def _by_agent(
+    domain: Domain, window: Window, timeout_s: float, thaw_later: Callable[[], None]
+) -> Iterator[None]:
     if not _agent_is_connected(domain):
         window.warning = "no freeze: the guest's agent is not connected"
         yield
@@ -135,7 +145,7 @@ def _by_agent(domain: Domain, window: Window, timeout_s: float) -> Iterator[None
         if watchdog:
             watchdog.cancel()
             watchdog.join()
-        _thaw_for_certain(domain, refused=refused, timeout_s=timeout_s)
+        _thaw_for_certain(domain, window, refused=refused, timeout_s=timeout_s, thaw_later=thaw_later)
         if not refused:
             window.milliseconds = round((time.monotonic() - started) * 1000)
 
@@ -163,7 +173,9 @@ def _resume(domain: Domain) -> None:
             domain.handle.resume()
 
 
-def _thaw_for_certain(domain: Domain, *, refused: bool, timeout_s: float) -> None:
+def _thaw_for_certain(
+    domain: Domain, window: Window, *, refused: bool, timeout_s: float, thaw_later: Callable[[], None]
+) -> None:
     """Thaw; `Unavailable` if a guest that was frozen may still be."""
     failure: OnedBackupError | None = None
     for _ in range(1 if refused else _THAW_ATTEMPTS):
@@ -175,6 +187,8 @@ def _thaw_for_certain(domain: Domain, *, refused: bool, timeout_s: float) -> Non
             return
         if not domain.is_active:
             return
+    thaw_later()
+    window.warning += "; the thaw is repeated until the agent answers"
     if not refused:
         raise Unavailable(f"domain {domain.name} may still be frozen: {failure}")
 

@@ -59,6 +59,7 @@ def undo(task: Task) -> None:
     with contextlib.suppress(OnedBackupError, OSError), connected(task.uri) as connection:
         domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
         present = domains.disks(domain.xml())
+        freeze.resume_if_noted(domain, task.socket_dir)  # the note goes with the other files
         end_job(task, domain)
         remove_files(task, present)
         if task.checkpoint and domain.is_active:
@@ -88,13 +89,18 @@ def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:
 
 
 def remove_image_bitmaps(task: Task, present: Iterable[DomainDisk], is_stray: Callable[[str], bool]) -> None:
-    """Remove those of our bitmaps that `is_stray` tells from the images of a domain that is off."""
+    """Remove those of our bitmaps that `is_stray` tells from the images of a domain that is off.
+
+    An image below the top one may be the disk of another VM, which needs its own bitmaps: there
+    only those go that this operation knows by name.
+    """
+    known = {task.checkpoint, task.parent_checkpoint, task.merged_bitmap}
     for disk in present:
         if not _is_tracked(disk):
             continue
         for layer, image in enumerate(qemu_img.backing_chain(task.host, disk.source, disk.format)):
             for name in image.bitmaps:
-                if name.startswith(task.own_prefix) and is_stray(name):
+                if name.startswith(task.own_prefix) and is_stray(name) and (layer == 0 or name in known):
                     try:
                         qemu_img.remove_bitmap(task.host, image.path, name)
                     except (Busy, DriverFailed):

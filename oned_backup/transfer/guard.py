@@ -7,7 +7,8 @@ or should the guest be paused by an I/O error all the same, it aborts the job an
 lets the guest go on. The reader of the export then fails.
 
 It is found and ended like qemu-nbd: by a locked pid file in the operation's
-socket directory. It ends by itself when the job does.
+socket directory. It ends by itself when the job does; a libvirtd that is being
+restarted is waited for, because the job lives in QEMU and goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from oned_backup.errors import NoSpace, OnedBackupError
+from oned_backup.errors import NoSpace, OnedBackupError, Unavailable
 from oned_backup.hypervisor import backup_job, freeze
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, find_domain
@@ -93,7 +94,15 @@ def _main(uri: str, uuid: str, operation: str, *folders: str) -> None:
     descriptor = os.open(operation_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
     os.write(descriptor, f"{os.getpid()}\n".encode())
-    watch(uri, uuid, operation_dir, [Path(folder) for folder in folders])
+    while True:
+        try:
+            watch(uri, uuid, operation_dir, [Path(folder) for folder in folders])
+        except Unavailable:
+            if not operation_dir.is_dir():
+                raise
+            time.sleep(_INTERVAL_S)
+        else:
+            return
 
 
 if __name__ == "__main__":

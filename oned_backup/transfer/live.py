@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
 from oned_backup.errors import Busy, DriverFailed
-from oned_backup.hypervisor import backup_job, checkpoints, freeze, qemu_img
+from oned_backup.hypervisor import backup_job, checkpoints, freeze, qemu_img, thawer
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
@@ -71,7 +71,13 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
 
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
     note = task.operation_dir / freeze.NOTE
-    with freeze.frozen(domain, mode, timeout_s=task.freeze_timeout_s, note=note) as window:
+    with freeze.frozen(
+        domain,
+        mode,
+        timeout_s=task.freeze_timeout_s,
+        note=note,
+        thaw_later=lambda: thawer.start(task.uri, domain.uuid),
+    ) as window:
         job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
 
     guard.start(task, domain, folders)
@@ -94,6 +100,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
 
 def _take_over(task: Task, domain: Domain) -> None:
     """Remove what an earlier attempt left; `Busy` if the domain has a backup job that is not ours."""
+    freeze.resume_if_noted(domain, task.socket_dir)
     clean.end_job(task, domain)
     socket = backup_job.current_socket(domain)
     if socket is not None:
@@ -151,6 +158,9 @@ def _begin(task: Task, domain: Domain, job: _Job, decisions: dict[str, Decision]
         except CheckpointUnusable as error:
             _make_full(error.message, decisions)
         except DriverFailed as error:
+            if "can't be merged" in error.message:  # an overlay was grown: its bitmaps differ in size
+                _make_full(error.message, decisions)
+                continue
             if cleared or "already exists" not in error.message:
                 raise
             cleared = True  # a bitmap of this name that libvirt does not list

@@ -292,7 +292,7 @@ def compare(restored: Path, truth: Path) -> None:
 def processes(socket_dir: Path) -> list[str]:
     """The servers and watchmen that we have started for operations below the directory."""
     ours = ("qemu-nbd", "oned_backup.transfer.guard")
-    lines = command("ps", "-eo", "args").splitlines()
+    lines = command("ps", "-ewwo", "args").splitlines()
     return [line for line in lines if str(socket_dir) in line and any(name in line for name in ours)]
 
 

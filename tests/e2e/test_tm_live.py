@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libvirt
 import pytest
-from backed_up_vm import INSTALLATION, BackedUpVm, RestorePoint, command, new_file
+from backed_up_vm import INSTALLATION, BackedUpVm, RestorePoint, command, new_file, processes
 from lab import Guest, Libvirtd, cdrom, data_disk, root_disk, wait_for
 
 from oned_backup import xmldoc
@@ -289,6 +290,24 @@ def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) 
     vm.vmm("thaw", DOMAIN=guest.uuid)
 
 
+def test_freeze_that_takes_longer_than_the_limit_is_thawed_when_it_is_done(
+    guest: Guest, back_up: BackUp
+) -> None:
+    hook = "/etc/qemu/fsfreeze-hook.d/slow"
+    guest.write_file(hook, b'#!/bin/sh\n[ "$1" = thaw ] || sleep 10\n')
+    guest.shell(f"chmod 755 {hook}")
+    vm = back_up(guest)
+    point = vm.backup(fs_freeze="AGENT", FREEZE_TIMEOUT_S="1")
+    assert point.exports.freeze.method == "NONE"
+    assert "repeated" in point.exports.freeze.warning
+    # deaf until it has frozen the guest
+    wait_for("thaw of the guest", lambda: guest._agent_answers() and not _is_frozen(guest), timeout_s=30)
+
+
+def _is_frozen(guest: Guest) -> bool:
+    return bool(guest.agent("guest-fsfreeze-status") == "frozen")
+
+
 def test_qemu_of_another_user(short_dir: Path) -> None:
     directory = short_dir / "guest"
     directory.mkdir()
@@ -348,6 +367,41 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
     vm.assert_nothing_left("op-00000000dead")
     assert vm.backup().reason("vdb") == "increment"
     vm.assert_restores("vdb")
+
+
+def test_watchman_outlives_a_restart_of_libvirtd(blank_guest: Guest, back_up: BackUp) -> None:
+    vm = back_up(blank_guest)
+    backup = vm.next_backup()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    place = {"files": lost, "operation_id": "op-00000000dead"}
+    vm.tm("pre_backup_live", backup, **place)
+    wait_for("the watchman", lambda: processes(vm.socket_dir))
+    time.sleep(1)  # it is connected by now
+    blank_guest.libvirtd.kill()
+    time.sleep(0.5)
+    blank_guest.libvirtd.resume()
+    time.sleep(1)
+    blank_guest.domain = blank_guest.libvirtd.connection.lookupByName(blank_guest.name)
+    assert blank_guest.has_backup_job()
+    assert len(processes(vm.socket_dir)) == 1
+    vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
+    vm.assert_nothing_left("op-00000000dead")
+
+
+def test_guest_that_a_killed_attempt_has_suspended_goes_on(blank_guest: Guest, back_up: BackUp) -> None:
+    vm = back_up(blank_guest)
+    operation_dir = vm.socket_dir / "op-00000000dead"
+    operation_dir.mkdir(parents=True)
+    (operation_dir / "suspended").write_text(blank_guest.uuid)  # what it leaves: this, and
+    blank_guest.suspend()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    place = {"files": lost, "operation_id": "op-00000000dead"}
+    backup = vm.next_backup()
+    vm.tm("pre_backup_live", backup, **place)  # again, and nobody has cleaned up
+    assert not blank_guest.is_paused()
+    vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
 
 
 def test_scratch_space_is_required_before_the_guest_is_frozen(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unsupported
-from oned_backup.hypervisor import backup_job, freeze
+from oned_backup.hypervisor import backup_job, freeze, thawer
 from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
 from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
 from oned_backup.hypervisor.host import LocalHost
@@ -89,7 +89,10 @@ class Kvm(Driver):
                 return
             try:
                 freeze.thaw(domain, timeout_s=_THAW_TIMEOUT_S)
-            except (AgentSilent, Unsupported) as error:  # hung, or the domain has none
+            except AgentSilent as error:  # it may be at a freeze, and done with it only later
+                thawer.start(_host(call).uri, domain.uuid)
+                call.warn(f"{error.message}; the thaw is repeated until the agent answers")
+            except Unsupported as error:  # the domain has none
                 call.warn(error.message)
 
     def abort_backup(self, call: Call) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import libvirt
@@ -10,7 +12,7 @@ import pytest
 
 from oned_backup.errors import Unavailable
 from oned_backup.hypervisor.domain import Domain
-from oned_backup.hypervisor.freeze import Mode, frozen
+from oned_backup.hypervisor.freeze import Mode, Window, frozen, resume_if_noted
 
 
 class Handle:
@@ -63,18 +65,32 @@ class Handle:
 NOTE = Path("/nonexistent/suspended")
 
 
+def by_agent(handle: Handle, *, timeout_s: float) -> AbstractContextManager[Window]:
+    """The guest frozen by its agent; a thaw that is left to others is a call too."""
+    later = partial(handle.calls.append, "later")
+    return frozen(Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, thaw_later=later)
+
+
 def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
     handle = Handle(freeze_fails=True)
-    with frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE) as window:
+    with by_agent(handle, timeout_s=5) as window:
         assert handle.commands == ["freeze"]
     assert handle.commands == ["freeze", "thaw"]
     assert window.method is Mode.NONE
     assert "no freeze" in window.warning
 
 
+def test_thaw_that_nobody_answers_is_repeated_by_somebody_else() -> None:
+    handle = Handle(freeze_fails=True, failing_thaws=100)
+    with by_agent(handle, timeout_s=5) as window:
+        pass
+    assert handle.commands == ["freeze", "thaw", "later"]
+    assert "repeated until the agent answers" in window.warning
+
+
 def test_thaw_is_repeated_until_it_is_answered() -> None:
     handle = Handle(failing_thaws=2)
-    with frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE) as window:
+    with by_agent(handle, timeout_s=5) as window:
         pass
     assert handle.commands == ["freeze", "thaw", "thaw", "thaw"]
     assert (window.method, window.warning) == (Mode.AGENT, "")
@@ -84,14 +100,15 @@ def test_guest_that_may_still_be_frozen_is_an_error() -> None:
     handle = Handle(failing_thaws=100)
     with (
         pytest.raises(Unavailable, match="may still be frozen"),
-        frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE),
+        by_agent(handle, timeout_s=5),
     ):
         pass
+    assert handle.commands[-1] == "later"
 
 
 def test_block_that_takes_too_long_is_thawed_in_the_middle() -> None:
     handle = Handle()
-    with frozen(Domain(handle), Mode.AGENT, timeout_s=0.05, note=NOTE) as window:
+    with by_agent(handle, timeout_s=0.05) as window:
         assert handle.thawed.wait(10)
     assert window.method is Mode.NONE
     assert "thawed after 0.05 s" in window.warning
@@ -101,9 +118,24 @@ def test_error_inside_the_block_comes_out_after_the_thaw() -> None:
     handle = Handle()
     with (
         pytest.raises(RuntimeError, match="job"),
-        frozen(Domain(handle), Mode.AGENT, timeout_s=5, note=NOTE),
+        by_agent(handle, timeout_s=5),
     ):
         raise RuntimeError("job")
     assert handle.commands == ["freeze", "thaw"]
     # others wait for the agent as long as before
     assert handle.calls[-1] == f"timeout {libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK}"
+
+
+def test_note_of_another_operation_that_ends_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "suspended").write_text("other")
+    read_text = Path.read_text
+
+    def just_removed(path: Path) -> str:
+        path.unlink()
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", just_removed)
+    resume_if_noted(Domain(Handle()), tmp_path)
