@@ -88,16 +88,16 @@ class Domain:
 
 
 def find_domain(connection: Any, uuid: str, name: str) -> Domain:
-    """The domain with that UUID, else the one with that name; `NotFound` if there is neither."""
-    for lookup, key in ((connection.lookupByUUIDString, uuid), (connection.lookupByName, name)):
-        if not key:
-            continue
-        try:
-            with libvirt_errors(f"domain {key}"):
-                return Domain(lookup(key))
-        except NotFound:
-            continue
-    raise NotFound(f"domain {name or uuid} is not defined on the host")
+    """The domain with that UUID, or where none is known, with that name; `NotFound` if there is none.
+
+    A domain with another UUID is another machine, though it may have taken over the name.
+    """
+    lookup, key = (connection.lookupByUUIDString, uuid) if uuid else (connection.lookupByName, name)
+    try:
+        with libvirt_errors(f"domain {key}"):
+            return Domain(lookup(key))
+    except NotFound as error:
+        raise NotFound(f"domain {name or uuid} is not defined on the host") from error
 
 
 def disks(xml: xmldoc.Element) -> tuple[DomainDisk, ...]:

@@ -40,7 +40,7 @@ def serve(
         argv.append(f"--bitmap={bitmap}")
     done = host.run([*argv, "--", image], timeout_s=30, check=False)
     if done.returncode != 0:
-        in_use = "lock" in done.stderr
+        in_use = '" lock' in done.stderr  # Failed to get "write" lock
         raise (Busy if in_use else DriverFailed)(f"qemu-nbd on {image}: {done.last_words}")
     return server
 

@@ -74,7 +74,7 @@ def remove_bitmap(host: LocalHost, path: str, name: str) -> None:
 def _bitmap(host: LocalHost, path: str, arguments: list[str]) -> None:
     done = host.run([*_LIMITS, "qemu-img", "bitmap", *arguments], check=False)
     if done.returncode != 0:
-        in_use = "lock" in done.stderr
+        in_use = '" lock' in done.stderr  # Failed to get "write" lock
         raise (Busy if in_use else DriverFailed)(f"qemu-img bitmap on {path}: {done.last_words}")
 
 

@@ -57,10 +57,10 @@ class Folder:
         """The new directory `name` (0700)."""
         try:
             os.mkdir(_component(name), 0o700, dir_fd=self.descriptor)
-            self.sync()
         except FileExistsError:
             if not exist_ok:
                 raise
+        self.sync()  # also of one that is there: whoever made it may have died before this
         return self.folder(name)
 
     def names(self) -> list[str]:

@@ -52,7 +52,7 @@ def unpack_tpm(archive: bytes, directory: Path) -> None:
     """Put the state of a TPM back into `directory`, which must not exist."""
     directory.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     directory.mkdir(mode=0o700)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
         for entry in tar:
             content = tar.extractfile(entry) if entry.isreg() else None
             if content is None:

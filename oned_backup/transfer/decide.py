@@ -24,6 +24,7 @@ class Tracking(StrEnum):
     USABLE = "usable"
     MISSING = "missing"
     INCONSISTENT = "inconsistent"
+    DISABLED = "disabled"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def _untracked(disk: Current, checkpoint: str, tracking: Tracking) -> Decision |
         return _full(Reason.BITMAP_MISSING, "the parent backup made no checkpoint")
     if tracking is Tracking.INCONSISTENT:
         text = f"bitmap {checkpoint} of {disk.target} was not closed: QEMU did not end in good order"
+        return _full(Reason.BITMAP_INCONSISTENT, text)
+    if tracking is Tracking.DISABLED:
+        text = f"bitmap {checkpoint} of {disk.target} was switched off: it has not seen every write"
         return _full(Reason.BITMAP_INCONSISTENT, text)
     if tracking is Tracking.MISSING:
         return _full(Reason.BITMAP_MISSING, f"{disk.target} has no bitmap {checkpoint}")

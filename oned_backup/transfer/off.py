@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
-from oned_backup.errors import Busy
+from oned_backup.errors import Busy, DriverFailed
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.connection import connected
@@ -20,7 +20,7 @@ from oned_backup.hypervisor.domain import Domain, find_domain
 from oned_backup.hypervisor.qemu_img import Image
 from oned_backup.transfer import clean, companions
 from oned_backup.transfer import disks as disk_set
-from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide
+from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide, refused
 from oned_backup.transfer.task import Task
 
 _Chain = tuple[Image, ...]
@@ -61,7 +61,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
             qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
         qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
     task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
-    served = {disk.target: _serve(task, disk, decisions[disk.target], chains[disk.target]) for disk in disks}
+    served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
     _require_off(domain)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
@@ -79,21 +79,25 @@ def _tracking(task: Task, chain: _Chain) -> Tracking:
     layers = offline.tracking_layers(chain, task.parent_checkpoint)
     if not layers:
         return Tracking.MISSING
-    if any(layer.bitmaps[task.parent_checkpoint].in_use for layer in layers):
+    bitmaps = [layer.bitmaps[task.parent_checkpoint] for layer in layers]
+    if any(bitmap.in_use for bitmap in bitmaps):
         return Tracking.INCONSISTENT
+    if not all(bitmap.records for bitmap in bitmaps):
+        return Tracking.DISABLED
     return Tracking.USABLE
 
 
-def _serve(task: Task, disk: Current, decision: Decision, chain: _Chain) -> tuple[str, str, str]:
-    """Serve one disk: its socket, its export, and the bitmap of an increment."""
+def _serve(task: Task, disk: Current, decisions: dict[str, Decision], chain: _Chain) -> tuple[str, str, str]:
+    """Serve one disk: its socket, its export, and the bitmap of an increment.
+
+    A disk whose changes cannot be gathered becomes full in `decisions`.
+    """
     bitmap = ""
-    if decision.type is BackupType.INCREMENT:
-        parent = task.parent_checkpoint
-        layers = offline.tracking_layers(chain, parent)
-        merged = task.merged_bitmap
-        if merged in chain[0].bitmaps:
-            qemu_img.remove_bitmap(task.host, disk.source, merged)
-        bitmap = offline.gather_changes(task.host, layers, parent, merged)
+    if decisions[disk.target].type is BackupType.INCREMENT:
+        try:
+            bitmap = _gathered(task, disk, chain)
+        except DriverFailed as error:  # an overlay was grown: its bitmaps differ in size
+            decisions[disk.target] = refused(error.message)
     server = offline.serve(
         task.host,
         disk.source,
@@ -103,6 +107,14 @@ def _serve(task: Task, disk: Current, decision: Decision, chain: _Chain) -> tupl
         bitmap=bitmap,
     )
     return str(server.socket), server.export, bitmap
+
+
+def _gathered(task: Task, disk: Current, chain: _Chain) -> str:
+    """The name of a bitmap in the top image with all changes since the parent's checkpoint."""
+    parent, merged = task.parent_checkpoint, task.merged_bitmap
+    if merged in chain[0].bitmaps:
+        qemu_img.remove_bitmap(task.host, disk.source, merged)
+    return offline.gather_changes(task.host, offline.tracking_layers(chain, parent), parent, merged)
 
 
 def _require_off(domain: Domain) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import libvirt
 import pytest
 from backed_up_vm import BackedUpVm, command, new_file, processes
-from lab import Guest, data_disk, root_disk
+from lab import Guest, LabDisk, data_disk, root_disk
 
 from oned_backup.contract.request import Outcome
-from oned_backup.errors import Busy
+from oned_backup.errors import Busy, NotFound
 
 pytestmark = pytest.mark.guest
 
@@ -97,6 +97,73 @@ def test_changes_on_both_sides_of_an_overlay_made_by_libvirt(off: BackedUpVm, tm
     assert point.disk("vda").backing == (str(base),)
     off.assert_restores("vda")
     assert bitmaps(overlay) == {point.exports.checkpoint}
+
+
+def test_changes_that_cannot_be_merged_make_the_disk_full(off: BackedUpVm, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    off.backup()
+    off.guest.start()
+    off.guest.domain.snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda'><source file='{overlay}'/></disk></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    off.guest.domain.blockResize("vda", 32 << 20, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    lost = off.directory / "lost"
+    lost.mkdir()
+    place = {"files": lost, "operation_id": "op-00000000dead"}
+    backup = off.next_backup()
+    off.tm("pre_backup_live", backup, **place)
+    assert any("checkpoint-invalid" in line for line in off.log)
+    keep = off.points[-1].exports.checkpoint
+    off.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE, KEEP_CHECKPOINT=keep)
+    off.guest.end()
+    off.guest.use_disk(0, overlay)
+    assert off.backup().reason("vda") == "checkpoint-invalid"
+    off.assert_restores("vda")
+    command("qemu-io", "-f", "qcow2", "-c", "write -P 2 20M 64k", str(overlay))
+    assert off.backup().reason("vda") == "increment"
+    off.assert_restores("vda")
+
+
+def test_bitmap_that_was_switched_off_is_not_believed(off: BackedUpVm, tmp_path: Path) -> None:
+    disk = str(tmp_path / "data.qcow2")
+    checkpoint = off.backup().exports.checkpoint
+    command("qemu-img", "bitmap", "--disable", "-f", "qcow2", disk, checkpoint)
+    command("qemu-io", "-f", "qcow2", "-c", "write -P 9 5M 64k", disk)
+    assert off.backup().reason("vda") == "bitmap-inconsistent"
+    off.assert_restores("vda")
+
+
+def test_linked_clone_leaves_the_bitmaps_of_its_base_alone(
+    off: BackedUpVm, make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    (tmp_path / "clone").mkdir()
+    off.backup()
+    disk = LabDisk(tmp_path / "clone" / "clone.qcow2", "qcow2")
+    base = str(tmp_path / "data.qcow2")
+    command("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "qcow2", str(disk.path))
+    clone = BackedUpVm(
+        make_guest([disk], start=False, boot="disk", agent=False), tmp_path / "clone", off.socket_dir
+    )
+    clone.next_backup()  # a name that the other VM has not used
+    clone.backup()
+    clone.backup()
+    assert off.backup().reason("vda") == "increment"
+    off.assert_restores("vda")
+
+
+def test_another_domain_of_the_same_name_is_another_vm(
+    off: BackedUpVm, make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    known = off.document()
+    off.guest.domain.undefine()
+    other = Guest(off.guest.libvirtd, tmp_path, off.guest.name, off.guest.disks, boot="disk", agent=False)
+    try:
+        off.document = lambda: known  # type: ignore[method-assign]
+        with pytest.raises(NotFound):
+            off.tm("pre_backup", off.next_backup(), files=tmp_path, operation_id="op-00000000000a")
+    finally:
+        other.destroy()
 
 
 def test_another_image_under_the_same_name_is_stored_whole(off: BackedUpVm, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ PARENT = Exports(disks=(BEFORE,), checkpoint="odb-0badcafe-x")
         (replace(NOW, target="vdb"), Tracking.USABLE, Reason.INCREMENT),
         (NOW, Tracking.MISSING, Reason.BITMAP_MISSING),
         (NOW, Tracking.INCONSISTENT, Reason.BITMAP_INCONSISTENT),
+        (NOW, Tracking.DISABLED, Reason.BITMAP_INCONSISTENT),
         (replace(NOW, disk_id=1), Tracking.USABLE, Reason.NEW_DISK),
         (replace(NOW, source="/vm/b.qcow2"), Tracking.USABLE, Reason.DISK_REPLACED),
         (replace(NOW, source_id="2049:18"), Tracking.USABLE, Reason.DISK_REPLACED),
