@@ -55,11 +55,11 @@ def show(image: _Id, *, json: Json = False) -> None:
             (
                 point["increment_id"],
                 point["type"],
-                output.when(point["date"])[:16],
+                output.when(point["date"])[5:16],
                 output.size_mb(point["size_mb"]),
                 _freeze(point.get("freeze") or {}),
                 point["state"],
-                output.when(point["verified_at"])[:16] or "never",
+                output.when(point["verified_at"])[5:16] or "never",
             )
             for point in found["increments"]
         ],

@@ -10,7 +10,6 @@ does not hold ends it with exit code 1. Nothing is left behind.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -23,12 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lab import HERE, Guest, Libvirtd, cdrom, data_disk, root_disk, wait_for
+from lab import Guest, LabError, Libvirtd, cdrom, data_disk, root_disk, wait_for
+from product import Product
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PREFIX = "odb-demo-"
-CLI = Path(sys.prefix) / "bin" / "oned-backup"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -48,69 +48,13 @@ def check(what: str, holds: object) -> None:
     console.print(f"   [green]✓[/] {what}")
 
 
-class Product:
-    """The command `oned-backup` and its daemon, in a directory of their own."""
+class Shown(Product):
+    """The product, whose commands are part of the story."""
 
-    def __init__(self, directory: Path) -> None:
-        self._config = directory / "config.toml"
-        self._config.write_text(
-            f'state_dir = "{directory}/state"\nrun_dir = "{directory}/run"\n'
-            f'driver_dirs = ["{HERE.parents[1]}/drivers"]\n'
-        )
-        self._log = directory / "daemon.log"
-        self._daemon: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the daemon and wait until it answers."""
-        with self._log.open("ab") as log:
-            self._daemon = subprocess.Popen(
-                [CLI, "--config", self._config, "serve"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        wait_for("answer from the daemon", self._answers, 30)
-
-    def stop(self) -> None:
-        """End the daemon."""
-        if self._daemon is not None:
-            self._daemon.terminate()
-            try:
-                self._daemon.wait(30)
-            except subprocess.TimeoutExpired:
-                self._daemon.kill()
-                self._daemon.wait(10)
-
-    def run(self, *words: str) -> str:
+    def show(self, *words: str) -> str:
         """Show a command, run it, and return what it prints."""
         console.print(f"   [bold]$ oned-backup {' '.join(words)}[/]")
-        return self._call(*words)
-
-    def ask(self, *words: str) -> Any:
-        """What a reading command tells, as data."""
-        return json.loads(self._call(*words, "--json"))
-
-    def _call(self, *words: str) -> str:
-        done = subprocess.run(
-            [CLI, "--config", self._config, *words],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if done.returncode != 0:
-            tail = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
-            raise DemoError(f"oned-backup {' '.join(words)}: exit {done.returncode}\n{done.stderr}\n{tail}")
-        return done.stdout
-
-    def _answers(self) -> bool:
-        if self._daemon is not None and self._daemon.poll() is not None:
-            raise DemoError(f"the daemon ended:\n{self._log.read_text(errors='replace')}")
-        done = subprocess.run(
-            [CLI, "--config", self._config, "vm", "list", "--json"],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
-        return done.returncode == 0
+        return self.run(*words, timeout_s=600)
 
 
 @contextmanager
@@ -163,9 +107,9 @@ def identical(one: Path, one_format: str, other: Path, other_format: str) -> boo
     return subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
-def backed_up(product: Product, *words: str) -> dict[str, Any]:
+def backed_up(product: Shown, *words: str) -> dict[str, Any]:
     """Back up VM 0 and return what the operation did."""
-    product.run("vm", "backup", "0", *words)
+    product.show("vm", "backup", "0", *words)
     operation = product.ask("operation", "list")[0]
     shown: dict[str, Any] = product.ask("operation", "show", operation["id"])
     if shown["state"] != "DONE":
@@ -201,7 +145,7 @@ def demonstrate(directory: Path, libvirtd: Libvirtd) -> None:
     say(f"   booted in {time.monotonic() - started:.0f} s under software emulation")
 
     say("[bold]2. oned-backup[/] learns of the hypervisor, the VM and a place for backups.")
-    product = Product(directory)
+    product = Shown(directory)
     try:
         product.start()
         _back_up_and_restore(product, directory, libvirtd, guest)
@@ -210,13 +154,13 @@ def demonstrate(directory: Path, libvirtd: Libvirtd) -> None:
         guest.destroy()
 
 
-def _back_up_and_restore(product: Product, directory: Path, libvirtd: Libvirtd, guest: Guest) -> None:
+def _back_up_and_restore(product: Shown, directory: Path, libvirtd: Libvirtd, guest: Guest) -> None:
     store = directory / "backup"
     store.mkdir()
-    product.run("host", "add", "local", "--uri", libvirtd.uri)
-    product.run("vm", "import", "local", "web")
-    product.run("vm", "set", "0", "FS_FREEZE=AGENT", "MODE=INCREMENT")
-    product.run("datastore", "create", "nightly", "--driver", "fs", f"BASE_PATH={store}")
+    product.show("host", "add", "local", "--uri", libvirtd.uri)
+    product.show("vm", "import", "local", "web")
+    product.show("vm", "set", "0", "FS_FREEZE=AGENT", "MODE=INCREMENT")
+    product.show("datastore", "create", "nightly", "--driver", "fs", f"BASE_PATH={store}")
     costs = Table(title="What the backups cost")
     for column in ("backup", "time", "stored", "freeze", "disks"):
         costs.add_column(column)
@@ -249,8 +193,8 @@ def _back_up_and_restore(product: Product, directory: Path, libvirtd: Libvirtd, 
     check("all disks are INCREMENT", all(disk["type"] == "INCREMENT" for disk in off["result"]["disks"]))
 
     say("[bold]6. What is stored,[/] and that it is what was written.")
-    console.print(product.run("image", "show", "0"), end="", markup=False)
-    product.run("image", "verify", "0")
+    console.print(product.show("image", "show", "0"), end="", markup=False)
+    product.show("image", "verify", "0")
     points = product.ask("image", "show", "0")["increments"]
     check(
         "every restore point is verified", len(points) == 3 and all(point["verified_at"] for point in points)
@@ -259,7 +203,7 @@ def _back_up_and_restore(product: Product, directory: Path, libvirtd: Libvirtd, 
     say("[bold]7. Every increment is restored,[/] each as a new VM.")
     for number in range(3):
         target = directory / "restored" / str(number)
-        product.run(
+        product.show(
             "image", "restore", "0", "--increment", str(number), "--format", "raw", "--to", str(target),
             "--define", "local", "--name", f"web-{number}",
         )  # fmt: skip
@@ -320,8 +264,8 @@ def main() -> int:
     try:
         with workplace() as directory, Libvirtd() as libvirtd:
             demonstrate(directory, libvirtd)
-    except DemoError as error:
-        console.print(f"[red]✗[/] {error}", markup=True)
+    except (DemoError, LabError) as error:
+        console.print(f"[red]✗[/] {escape(str(error))}")
         return 1
     console.print(
         f"[green]All of it held.[/] It took {time.monotonic() - started:.0f} s; nothing is left behind."

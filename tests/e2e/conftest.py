@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from backed_up_vm import BackedUpVm
 from lab import Guest, LabDisk, Libvirtd, root_disk
+from product import Product
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +25,10 @@ def make_guest(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., Gue
     """Make a guest with a fresh disk of its own (or the given ones); all are destroyed afterwards."""
     guests: list[Guest] = []
 
-    def make(disks: Sequence[LabDisk] | None = None, *, start: bool = True, **options: object) -> Guest:
-        name = f"guest{len(guests)}-{tmp_path.name[:30]}"
+    def make(
+        disks: Sequence[LabDisk] | None = None, *, start: bool = True, name: str = "", **options: object
+    ) -> Guest:
+        name = name or f"guest{len(guests)}-{tmp_path.name[:30]}"
         guest = Guest(libvirtd, tmp_path, name, disks or [root_disk(tmp_path)], **options)  # type: ignore[arg-type]
         guests.append(guest)
         if start:
@@ -51,6 +54,15 @@ def short_dir() -> Iterator[Path]:
     directory.chmod(0o711)
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def product(short_dir: Path) -> Iterator[Product]:
+    """The command with a running daemon of its own."""
+    product = Product(short_dir)
+    product.start()
+    yield product
+    product.stop()
 
 
 @pytest.fixture
