@@ -6,7 +6,7 @@
 
 A variable `ODB_<KEY>` wins over the file, `ODB_<TABLE>__<KEY>` for the keys of
 a table (`ODB_WORKERS=8`, `ODB_RETRY__FOR_S=60`). An unknown key in the file is an
-error, not a silent default. `share/oned-backup.toml` shows all keys.
+error, not a silent default. `oned-backup config show` shows all keys.
 
     state_dir   the catalogue and the journal (SQLite), the key, work/ (private to each operation)
     run_dir     0711: api/ (0700) with daemon.sock, nbd/ (0711) for QEMU's sockets, op-<id>.lock
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     """The effective settings."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="ODB_", env_nested_delimiter="__"
+        extra="forbid", frozen=True, env_prefix="ODB_", env_nested_delimiter="__", env_ignore_empty=True
     )
 
     state_dir: Path = Field(default_factory=default_state_dir)
@@ -93,6 +93,19 @@ class Settings(BaseSettings):
     retry: Retry = Retry()
 
     file: ClassVar[Path | None] = None
+
+    @field_validator("scratch_dir", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("state_dir", "run_dir", "scratch_dir", "driver_dirs")
+    @classmethod
+    def _absolute(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is not None and not path.is_absolute():
+                raise ValueError("a path must be absolute")
+        return value
 
     @property
     def database(self) -> Path:
@@ -173,7 +186,7 @@ def load_settings(path: Path | None = None) -> Loaded:
     origins = {}
     for key, _ in _flatten(settings.model_dump(mode="json")):
         variable = f"ODB_{key.replace('.', '__').upper()}"
-        if variable in os.environ:
+        if os.environ.get(variable):
             origins[key] = variable
         else:
             origins[key] = str(file) if key in in_file else "default"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1024 * 1024
 LONGEST_WAIT_S = 30.0
 _MOST_OPERATIONS = 1000
+_MOST_WAITING = 512
 
 _STATUS: tuple[tuple[type[OnedBackupError], int], ...] = (
     (InvalidInput, 400),
@@ -178,9 +180,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"])
         return JSONResponse(error_body(InvalidInput(f"{where}: {first['msg']}")), 400)
 
+    @app.exception_handler(OverflowError)
+    def too_large(_request: Request, _error: OverflowError) -> JSONResponse:
+        return JSONResponse(error_body(InvalidInput("a number is too large for an id")), 400)
+
     @app.exception_handler(HTTPException)
-    def unknown_path(_request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(NotFound(str(error.detail))), error.status_code)
+    def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
+        text = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return JSONResponse(error_body(NotFound(text)), error.status_code)
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
@@ -352,13 +359,22 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     ) -> Any:
         return [views.operation_row(entry) for entry in journal.list(state=state, limit=limit)]
 
+    # Threads of their own: many who wait must not keep others from being answered.
+    waiting = CapacityLimiter(_MOST_WAITING)
+
+    def wait_for(operation_id: str, seen: int, wait_s: float) -> Any:
+        operation, version = service.wait_for(operation_id, seen, wait_s)
+        return views.operation_view(service, operation, version=version)
+
     @app.get("/v1/operations/{operation_id}")
-    def show(
+    async def show(
         operation_id: str, wait_s: Annotated[float, Query(ge=0, le=LONGEST_WAIT_S)] = 0, seen: int = 0
     ) -> Any:
         if wait_s:
-            operation, version = service.wait_for(operation_id, seen, wait_s)
-            return views.operation_view(service, operation, version=version)
+            return await to_thread.run_sync(wait_for, operation_id, seen, wait_s, limiter=waiting)
+        return await to_thread.run_sync(as_it_is, operation_id)
+
+    def as_it_is(operation_id: str) -> Any:
         return views.operation_view(service, journal.get(operation_id), steps=journal.steps(operation_id))
 
     @app.post("/v1/operations/{operation_id}/cancel")

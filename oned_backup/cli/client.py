@@ -15,6 +15,7 @@ from oned_backup.errors import DaemonUnreachable, OnedBackupError
 
 #: longer than the daemon's longest answer: a host that does not answer, and long polls
 _TIMEOUT_S = 120.0
+_LONGEST_ID = 10
 
 _CLASSES: dict[str, type[OnedBackupError]] = {
     name: value
@@ -59,7 +60,7 @@ class Client:
 
     def resolve(self, kind: str, ref: str) -> int:
         """The id of what a user names by id or name."""
-        if ref.isdecimal():
+        if ref.isascii() and ref.isdecimal() and len(ref) < _LONGEST_ID:
             return int(ref)
         return int(self.get("resolve", kind=kind, ref=ref)["id"])
 
@@ -75,6 +76,11 @@ class Client:
         except PermissionError as error:
             raise errors.PermissionDenied(
                 f"{self._path}: you may not talk to this daemon", hint="Run as the user that it runs as."
+            ) from error
+        except TimeoutError as error:
+            raise errors.Unavailable(
+                f"the daemon has not answered within {_TIMEOUT_S:.0f} s",
+                hint="It may still be at it: see its log, and try again later.",
             ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise DaemonUnreachable(

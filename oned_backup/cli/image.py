@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ import typer
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, Wait, client
 from oned_backup.cli.vm import print_images
+from oned_backup.errors import NoSpace, OnedBackupError
 
 app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
 
@@ -129,7 +131,8 @@ def _show_verified(operation: Mapping[str, Any]) -> None:
     read = sum(backup["read_bytes"] for backup in backups)
     share = "" if operation["result"]["whole"] else " (a sample)"
     output.say(
-        f"{len(backups)} backups whole: {output.size(read)} read in {follow.elapsed(operation)}{share}"
+        f"{len(backups)} backup{'' if len(backups) == 1 else 's'} whole: {output.size(read)} read"
+        f" in {follow.elapsed(operation)}{share}"
     )
 
 
@@ -230,18 +233,25 @@ def _download_to_stdout(body: Mapping[str, Any]) -> None:
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         ended = threading.Event()
         operation = api.post("downloads", {**body, "target": str(fifo)})
-        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended), daemon=True)
+        trouble: list[OSError] = []
+        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended, trouble), daemon=True)
         copier.start()
         finished = follow.follow(api, operation, quiet=sys.stdout.isatty())
         ended.set()
         copier.join()
+        if trouble:
+            kind = NoSpace if trouble[0].errno == errno.ENOSPC else OnedBackupError
+            raise kind(f"standard output: {trouble[0].strerror}")
         follow.conclude(api, finished, wait=True, as_json=False, show=lambda _view: None)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _copy_to_stdout(reader: int, ended: threading.Event) -> None:
-    """Copy until the writer has come and gone, or the operation has ended without one."""
+def _copy_to_stdout(reader: int, ended: threading.Event, trouble: list[OSError]) -> None:
+    """Copy until the writer has come and gone, or the operation has ended without one.
+
+    What goes wrong with standard output is put into `trouble`; closing the FIFO ends the operation.
+    """
     import select  # noqa: PLC0415 - only here
 
     poller = select.poll()
@@ -257,5 +267,7 @@ def _copy_to_stdout(reader: int, ended: threading.Event) -> None:
                 return
     except BrokenPipeError:
         return
+    except OSError as error:
+        trouble.append(error)
     finally:
         os.close(reader)

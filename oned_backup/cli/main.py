@@ -99,6 +99,9 @@ def _complain(error: Exception) -> int:
         text, hint, code = error.message, error.hint, error.exit_code
     elif isinstance(error, _UsageError):
         where = getattr(error, "ctx", None)
+        if where is not None and type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(where.get_help() + "\n")
+            return InvalidInput.exit_code
         path = "oned-backup" if where is None else where.command_path
         text, hint, code = error.format_message().rstrip("."), f"See: {path} --help", InvalidInput.exit_code
     else:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, client
+from oned_backup.errors import InvalidInput
 
 app = typer.Typer(help="What the daemon does and did.", no_args_is_help=True)
 
 _Id = Annotated[str, typer.Argument(metavar="OPERATION", help="Id of the operation.")]
+
+
+def _path(operation: str) -> str:
+    if not operation:
+        raise InvalidInput("the id of an operation is not empty")
+    return f"operations/{quote(operation, safe='')}"
 
 
 @app.command("list")
@@ -50,10 +58,10 @@ def show(
 ) -> None:
     """Show an operation: its steps, how far it is, its result."""
     api = client()
-    found = api.get(f"operations/{operation}")
+    found = api.get(_path(operation))
     if wait and found["ended_at"] is None:
         follow.follow(api, found)
-        found = api.get(f"operations/{operation}")
+        found = api.get(_path(operation))
     if json:
         output.print_json(found)
         return
@@ -101,7 +109,7 @@ def _progress(progress: dict[str, Any] | None) -> str:
 @app.command()
 def cancel(operation: _Id, *, json: Json = False) -> None:
     """Cancel an operation; what it began is undone first."""
-    found = client().post(f"operations/{operation}/cancel")
+    found = client().post(f"{_path(operation)}/cancel")
     if json:
         output.print_json(found)
     else:

@@ -42,6 +42,7 @@ def test_the_environment_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("workers = 0", "workers: input should be greater than or equal to 1"),
         ("[retry]\nfor_ever = true", "retry.for_ever: no such setting"),
         ("workers = ", "config.toml: "),
+        ("state_dir = 'here'", "state_dir: value error, a path must be absolute"),
     ],
 )
 def test_errors_name_file_and_key(file: Path, text: str, message: str) -> None:
@@ -68,3 +69,11 @@ def test_both_readers_find_the_same_socket(file: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("ODB_RUN_DIR")
     file.write_text("")
     assert daemon_socket(file) == load_settings(file).settings.socket
+
+
+def test_what_is_empty_is_not_set(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('scratch_dir = ""\nrun_dir = "/run/x"')
+    monkeypatch.setenv("ODB_RUN_DIR", "")
+    settings = load_settings(file).settings
+    assert settings.scratch_dir is None
+    assert settings.socket == daemon_socket(file)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from oned_backup.cli.client import Client
 from oned_backup.model.manifest import parse_manifest
 
 from .conftest import Stack
@@ -164,6 +168,11 @@ def test_nothing_to_cancel(shared: Stack) -> None:
         (["host", "add", "x", "--uri", "dummy:///none", "--vmm", "dummy", "--tm", "dummy"], 69, "not there"),
         (["vm", "frobnicate"], 2, "No such command"),
         (["image", "show", "NaN"], 2, "IMAGE"),
+        (["image", "show", "9" * 20], 2, "too large"),
+        (["vm", "show", "9" * 5000], 66, "there is no VM"),
+        (["vm", "backup", "web", "-d", "9" * 20], 66, "there is no datastore"),
+        (["operation", "show", "a b/ü"], 66, "operations/a b/ü: Not Found"),
+        (["operation", "show", ""], 2, "not empty"),
     ],
 )
 def test_errors_are_one_line_with_a_code(shared: Stack, arguments: list[str], code: int, text: str) -> None:
@@ -246,3 +255,46 @@ def test_a_document_of_each_kind_in_json(stack: Stack) -> None:
     (manifest,) = stack.store.glob("*/2*/manifest.json")
     assert parse_manifest(manifest.read_text()).id == image["increments"][0]["backup_id"]
     assert json.loads(json.dumps(shown)) == shown
+
+
+def test_many_who_wait_keep_nobody_from_being_answered(shared: Stack, tmp_path: Path) -> None:
+    shared.ok("vm", "backup", "web")
+    (url,) = {disk["url"] for disk in shared.ok("image", "ls", "0", "--json").json}
+    os.mkfifo(tmp_path / "fifo")
+    client = Client(shared.daemon.directory / "run/api/daemon.sock")
+    running = client.post("downloads", {"url": url, "target": str(tmp_path / "fifo")})["id"]
+    with ThreadPoolExecutor(60) as pool:
+        waiting = [
+            pool.submit(client.get, f"operations/{running}", wait_s=20, seen=view)
+            for view in [client.get(f"operations/{running}", wait_s=0.5, seen=0)["version"]] * 60
+        ]
+        time.sleep(1)
+        began = time.monotonic()
+        client.get("status")
+        took_s = time.monotonic() - began
+        shared.ok("operation", "cancel", running)
+        for one in waiting:
+            one.result()
+    assert took_s < 5
+
+
+def test_a_full_standard_output(shared: Stack) -> None:
+    shared.ok("vm", "backup", "web")
+    url = shared.ok("image", "ls", "0", "--json").json[0]["url"]
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "oned_backup", "download", url, "-"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "ODB_CONFIG": str(shared.daemon.config)},
+            check=False,
+        )
+    assert ended.returncode == 73
+    assert ended.stderr.decode() == "oned-backup: standard output: No space left on device\n"
+
+
+def test_groups_of_commands_show_what_there_is(shared: Stack) -> None:
+    ran = shared("vm")
+    assert ran.code == 2
+    assert "backup-cancel" in ran.err
+    assert not ran.err.startswith("oned-backup:")
