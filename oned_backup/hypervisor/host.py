@@ -73,10 +73,19 @@ class LocalHost:
             raise DriverFailed(f"{path} has more than {max_bytes} bytes")
         return data
 
-    def make_private_dir(self, path: Path, uid: int) -> None:
-        """An empty directory (0700) that belongs to `uid`; what was there under that name goes."""
+    def make_private_dir(self, path: Path) -> None:
+        """An empty directory (0700) of our own; what was there under that name goes."""
         path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.remove(path)
+        path.mkdir(mode=0o700)
+
+    def lend_dir(self, path: Path, uid: int) -> None:
+        """A new directory (0700) that belongs to `uid`, in one of ours that others may pass but not read.
+
+        Whatever we believe or write stays outside of it: a QEMU that was taken over could put
+        links, or pid files of processes that are not its own, where it may write.
+        """
+        path.parent.chmod(0o711)
         path.mkdir(mode=0o700)
         if uid != os.geteuid():
             os.chown(path, uid, -1)

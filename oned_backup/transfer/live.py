@@ -64,10 +64,11 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     }
     folders = sorted({path.parent for path in scratch.values()})
     guard.require_scratch(folders)
-    task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
+    socket = task.operation_dir / "qemu" / "nbd.sock"
+    task.host.make_private_dir(task.operation_dir)
+    task.host.lend_dir(socket.parent, domains.qemu_uid(xml))
     tracked = [disk.target for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
     others = [disk.target for disk in present if disk.target not in decisions]
-    socket = task.operation_dir / "nbd.sock"
 
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
     note = task.operation_dir / freeze.NOTE

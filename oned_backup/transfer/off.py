@@ -60,7 +60,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
             qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
         qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
-    task.host.make_private_dir(task.operation_dir, domains.qemu_uid(xml))
+    task.host.make_private_dir(task.operation_dir)
     served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
     _require_off(domain)
     number = disk_set.increment_id(task, decisions.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,13 +317,19 @@ def test_qemu_of_another_user(short_dir: Path) -> None:
         guest.start()
         assert Path(f"/proc/{guest.pid}").stat().st_uid != 0
         vm = BackedUpVm(guest, directory, short_dir / "s")
-        vm.backup()
+        writable: list[str] = []
+        vm.backup(meanwhile=lambda: writable.extend(_not_ours(vm.socket_dir)))
+        assert set(writable) == {"qemu", "nbd.sock"}  # nothing that we believe or write
         vm.assert_restores("vda")
         for change in (guest.end, guest.start):
             change()
             assert vm.backup().reason("vda") == "increment"
             vm.assert_restores("vda")
         guest.destroy()
+
+
+def _not_ours(directory: Path) -> list[str]:
+    return [path.name for path in directory.rglob("*") if path.stat().st_uid != os.geteuid()]
 
 
 def test_scratch_is_where_it_was_asked_for(blank_guest: Guest, back_up: BackUp, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def test_removing_what_is_absent_and_private_directories(tmp_path: Path) -> None
     assert HOST.names(tmp_path / "absent") == []
     directory = tmp_path / "sockets" / "op-1"
     for _ in range(2):
-        HOST.make_private_dir(directory, os.geteuid())
+        HOST.make_private_dir(directory)
         assert directory.stat().st_mode & 0o777 == 0o700
         assert list(directory.iterdir()) == []
         (directory / "left").touch()
