@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,13 @@ def build_disk(path: Path, data: Data, seed: int) -> None:
                 file.write(piece[: min(MIB, length - done)])
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-W", str(raw), str(path)], check=True)
     raw.unlink()
+
+
+def dirty_all(machines: Sequence[Machine], data: Data, percent: float, seed: int) -> None:
+    """Overwrite the same share of the same clusters on all machines, side by side."""
+    with ThreadPoolExecutor(len(machines)) as pool:
+        for done in [pool.submit(machine.dirty, data, percent, seed) for machine in machines]:
+            done.result()
 
 
 class Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -43,6 +44,33 @@ class RssWatch:
                             self.peak_mib = max(self.peak_mib, int(line.split()[1]) / 1024)
                 except OSError:
                     continue
+
+
+class SpaceWatch:
+    """The most that files take which come and go in a folder, beside those that are there already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.peak_bytes = 0
+        self._folder = folder
+        self._present = set(folder.iterdir())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            taken = 0
+            for path in set(self._folder.iterdir()) - self._present:
+                with contextlib.suppress(OSError):
+                    taken += path.stat().st_blocks * 512
+            self.peak_bytes = max(self.peak_bytes, taken)
 
 
 class Product:
@@ -91,8 +119,12 @@ class Product:
         """The id of a VM, imported and configured."""
         self.ask("POST", f"/v1/hosts/{self._host}/import", domains=[name])
         vm_id = next(vm["id"] for vm in self.ask("GET", "/v1/vms") if vm["name"] == name)
-        self.ask("PATCH", f"/v1/vms/{vm_id}/config", values={"MODE": "INCREMENT", **config})
+        self.configure(vm_id, MODE="INCREMENT", **config)
         return int(vm_id)
+
+    def configure(self, vm_id: int, **config: str) -> None:
+        """Set BACKUP_CONFIG values."""
+        self.ask("PATCH", f"/v1/vms/{vm_id}/config", values=config)
 
     def backup(self, vm_id: int, *, reset: bool = False) -> dict[str, Any]:
         """A finished backup operation, with `seconds` from its start to its end by the journal."""

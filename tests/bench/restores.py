@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lab import Libvirtd
 
-from tests.bench.machines import Data, Machine
+from tests.bench.machines import Data, Machine, dirty_all
 from tests.bench.peers import VirtNbdBackup, convert_chain
 from tests.bench.product import Product, RssWatch
 from tests.bench.table import Row, compared
@@ -26,8 +26,7 @@ def measure(directory: Path, libvirtd: Libvirtd, template: Path, data: Data, run
         image = product.backup(vm)["result"]["image_id"]
         vnb.run(full=True)
         for turn in range(INCREMENTS):
-            ours.dirty(data, 1, seed=turn)
-            other.dirty(data, 1, seed=turn)
+            dirty_all((ours, other), data, 1, turn)
             product.backup(vm)
             vnb.run(full=False)
     finally:
