@@ -123,14 +123,17 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[JSON], None]]:
     step = ""
 
     def update(view: JSON) -> None:
-        nonlocal started, step
+        nonlocal started, step, task
+        if view["ended_at"] is not None:
+            return
         if not started and time.monotonic() - began > _BAR_AFTER_S:
             progress.start()
             started = True
         now = view.get("progress") or {}
         if now.get("step") != step:
             step = now.get("step", "")
-            progress.reset(task, total=None)
+            progress.remove_task(task)  # a reset would keep the total of the step before
+            task = progress.add_task(_description(view, step), total=None)
         progress.update(
             task,
             description=_description(view, step),

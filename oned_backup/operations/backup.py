@@ -39,6 +39,7 @@ from oned_backup.errors import (
     NotFound,
     OnedBackupError,
     PermissionDenied,
+    Unavailable,
 )
 from oned_backup.model.datastore import Datastore, disabled
 from oned_backup.model.manifest import dump_manifest, parse_manifest
@@ -250,7 +251,7 @@ def _store(context: Context) -> Mapping[str, Any]:
             exports=exports,
             options=_options(context, plan),
         )
-    except NoSpace:
+    except (NoSpace, Unavailable):
         services.measured_at.pop(plan.datastore_id, None)  # what was measured is no longer true
         raise
     except (Misconfigured, PermissionDenied) as error:

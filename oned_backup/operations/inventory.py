@@ -214,6 +214,7 @@ def update_datastore(
     stored = services.store.change(
         "datastore", datastore_id, lambda element: with_capacity(changed(element), **sizes).element
     )
+    services.measured_at.pop(datastore_id, None)
     return Datastore(stored)
 
 

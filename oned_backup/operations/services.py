@@ -20,7 +20,7 @@ from oned_backup import xmldoc
 from oned_backup.config import Settings
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request
-from oned_backup.errors import InvalidInput, NotFound
+from oned_backup.errors import InvalidInput, Misconfigured, NotFound
 from oned_backup.model.datastore import Datastore, without_secrets
 from oned_backup.model.host import Host
 from oned_backup.model.image import Image
@@ -239,7 +239,13 @@ def make_directories(settings: Settings) -> None:
         (settings.api_dir, 0o700),
         (settings.nbd_dir, 0o711),
     ):
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Misconfigured(
+                f"directory {path} cannot be made: {error.strerror}",
+                hint="Set state_dir and run_dir to where the daemon may write.",
+            ) from error
         if path.stat().st_uid == os.geteuid():
             path.chmod(mode)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from oned_backup.config import Settings
 from oned_backup.contract.request import Request
-from oned_backup.errors import Conflict, Unavailable
+from oned_backup.errors import Conflict, Misconfigured, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
 from oned_backup.operations.inventory import configure_vm, delete_datastore, update_datastore
+from oned_backup.operations.services import make_directories
 from oned_backup.store import BackupState, OperationState
 
 from .conftest import World
@@ -80,3 +83,18 @@ def test_an_image_of_a_store_that_has_gone_is_forgotten_with_force(world: World)
     assert "left in datastore 100" in done.result["notes"][0]
     assert world.services.store.backups() == []
     assert world.services.datastore(100).image_ids == ()
+
+
+def test_a_store_that_has_gone_is_measured_again(world: World) -> None:
+    world.run("backup", vm_id=0)
+    world.drivers.calls.clear()
+    world.drivers.script["backup"] = [Unavailable("gone")]
+    assert world.run("backup", vm_id=0).state is OperationState.DONE
+    # found by its own measure the first time (that one is fresh), asked again before the second attempt
+    assert world.drivers.actions.count("monitor") == 1
+
+
+def test_directories_that_cannot_be_made_are_a_setting_that_is_wrong() -> None:
+    settings = Settings(state_dir=Path("/proc/none"), run_dir=Path("/proc/none/run"))
+    with pytest.raises(Misconfigured, match="/proc/none cannot be made"):
+        make_directories(settings)
