@@ -17,10 +17,21 @@ from types import TracebackType
 from typing import Self
 
 from oned_backup.disk.writeback import WriteBehind
-from oned_backup.errors import InvalidInput, NoSpace, NotFound, OnedBackupError, PermissionDenied, Unavailable
+from oned_backup.errors import (
+    Busy,
+    InvalidInput,
+    NoSpace,
+    NotFound,
+    OnedBackupError,
+    PermissionDenied,
+    Unavailable,
+)
 
 _BLKGETSIZE64 = 0x80081272
 _BLKZEROOUT = 0x127F
+_FLOCK = struct.Struct("hhqqi4x")
+#: QEMU locks a byte from 200 on for each permission that it shares with nobody (RAW_LOCK_SHARED_BASE)
+_QEMU_UNSHARED = (200, 8)
 _ZEROS = memoryview(bytes(1 << 20))
 #: zeroing is asked for in steps, so that progress and cancellation are not held up
 _ZERO_STEP = 1 << 30
@@ -29,7 +40,10 @@ IsALayer = Callable[[int, int], bool]
 
 
 def open_target(target: Path | int, size: int, *, is_a_layer: IsALayer) -> Target:
-    """The target for `size` bytes. An existing file is emptied; one that is a layer is refused."""
+    """The target for `size` bytes. An existing file is emptied.
+
+    `InvalidInput` for one that is a layer, `Busy` for one that QEMU has open: the disk of a guest.
+    """
     if isinstance(target, int):
         return StreamTarget(target)
     what = str(target)
@@ -41,6 +55,8 @@ def open_target(target: Path | int, size: int, *, is_a_layer: IsALayer) -> Targe
         status = os.fstat(fd)
         if is_a_layer(status.st_dev, status.st_ino):
             raise InvalidInput(f"{what}: is one of the files to restore from")
+        if not created and _is_open_in_qemu(fd):
+            raise Busy(f"{what}: QEMU has it open, perhaps as the disk of a running guest")
         if stat.S_ISBLK(status.st_mode):
             return DeviceTarget(fd, what, size)
         if not stat.S_ISREG(status.st_mode):
@@ -189,6 +205,16 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, flags), False
     except FileNotFoundError:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+
+
+def _is_open_in_qemu(fd: int) -> bool:
+    """Whether somebody holds the locks by which QEMU keeps others from an image."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, *_QEMU_UNSHARED, 0)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, asked)
+    except OSError:  # a file system without locks
+        return False
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def _explained(error: OSError, what: str) -> OnedBackupError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
-from oned_backup.errors import InvalidInput, NoSpace, NotFound
+from oned_backup.errors import Busy, InvalidInput, NoSpace, NotFound
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -122,6 +123,23 @@ def test_a_layer_is_never_the_target(qemu, chain: tuple[list[Layer], Path]) -> N
     with pytest.raises(InvalidInput, match="one of the files to restore from"):
         restore_chain(layers, alias, format="raw")
     assert layers[0].path.read_bytes() == before
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_an_image_that_qemu_has_open_is_never_the_target(
+    qemu, chain: tuple[list[Layer], Path], *, read_only: bool
+) -> None:
+    layers, disk = chain
+    before = disk.read_bytes()
+    pid_file, socket = qemu.folder / "pid", qemu.folder / "nbd.sock"
+    argv = ["qemu-nbd", "--fork", f"--pid-file={pid_file}", f"--socket={socket}", "-f", "qcow2"]
+    subprocess.run([*argv, *(["--read-only"] if read_only else []), str(disk)], check=True, timeout=20)
+    try:
+        with pytest.raises(Busy, match="QEMU has it open"):
+            restore_chain(layers, disk, format="qcow2")
+        assert disk.stat().st_size == len(before)
+    finally:
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 def test_a_full_target_leaves_nothing_behind(qemu, chain: tuple[list[Layer], Path]) -> None:
