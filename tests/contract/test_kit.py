@@ -133,12 +133,6 @@ def test_unknown_clause(judge: Judge, tmp_path: Path) -> None:
         judge(build_plain(tmp_path), only={"DS-99"})
 
 
-@pytest.mark.timeout(1200)
-def test_our_fs_driver_passes(judge: Judge) -> None:
-    report = judge(DRIVERS / "datastore" / "fs")
-    assert report.passed, failures(report)
-
-
 @pytest.mark.parametrize("kind", ["tm", "vmm"])
 def test_our_other_drivers_pass(judge: Judge, kind: str) -> None:
     folders = [path.parent for path in sorted((DRIVERS / kind).glob("*/driver.toml"))]
