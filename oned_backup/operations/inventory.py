@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.driver_toml import DriverManifest
 from oned_backup.errors import Conflict, DriverBug, InvalidInput, NotFound, OnedBackupError, Unavailable
 from oned_backup.model import datastore as datastores
 from oned_backup.model.datastore import Datastore, new_datastore, with_capacity, with_parameters
-from oned_backup.model.host import Host, HostState, new_host, with_state, with_vm
+from oned_backup.model.document import replace_all
+from oned_backup.model.host import Host, HostState, new_host, with_state, with_vm, without_vm
 from oned_backup.model.selection import configure
-from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, with_backup, with_config
+from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config
 from oned_backup.model.vm import with_state as with_vm_state
-from oned_backup.operations.domains import DomainSummary, list_domains, look_up_domain
+from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domain
 from oned_backup.operations.services import Caller, Services, query_caller, secret_context
 from oned_backup.store import OperationState, Transaction
 
@@ -133,18 +135,31 @@ def _import_vm(services: Services, caller: Caller, host: Host, domain: DomainSum
         elif old.host_id == host.id and old.state != VmState.DONE:
             vm = old
         else:
-            vm = _adopted(document(old.id), old)
+            vm = _adopted(document(old.id), old, view)
+            if old.host_id != host.id and tx.find("host", name=old.host_name):
+                before = Host(tx.find("host", name=old.host_name)[0].element)
+                tx.change("host", before.id, lambda element: without_vm(Host(element), vm.id).element)
             tx.change("vm", old.id, lambda _old: vm.element)
             tx.change("host", host.id, lambda element: with_vm(Host(element), vm.id).element)
     result = "imported" if old is None else "known" if vm is old else "adopted"
     return {"id": vm.id, "name": vm.name, "uuid": vm.uuid, "state": domain.state.value, "result": result}
 
 
-def _adopted(new: Vm, old: Vm) -> Vm:
-    """`new` with the backups of `old`, which was here before: in another catalogue, or on another host."""
-    for image_id in old.backup_ids:
-        new = with_backup(new, image_id)
-    return with_config(new, new.config if old.state == VmState.DONE else old.config)
+def _adopted(new: Vm, old: Vm, view: DomainView) -> Vm:
+    """`old`, which was here before (in another catalogue, or on another host), where `new` is.
+
+    It keeps its backups, its configuration and the ids of its disks.
+    """
+    element = xmldoc.copy(old.element)
+    for path in ("HISTORY_RECORDS", "TEMPLATE/TM_MAD_SYSTEM"):
+        parent, _, tag = path.rpartition("/")
+        section = element.find(parent) if parent else element
+        there = new.element.find(path)
+        if section is not None and there is not None:
+            replace_all(section, tag, [xmldoc.copy(there)])
+    date = xmldoc.integer(new.element, "LAST_POLL")
+    moved = sync_domain(Vm(element), view.xml, view.state, view.capacity_bytes, date=date)
+    return with_config(moved, new.config) if old.host_id < 0 else moved
 
 
 def configure_vm(services: Services, vm_id: int, values: Mapping[str, str]) -> tuple[Vm, bool]:

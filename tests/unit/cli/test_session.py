@@ -30,7 +30,7 @@ def test_backup_verify_restore(stack: Stack, tmp_path: Path) -> None:
     assert "image 0, increment 0 (FULL" in said
     assert "vda FULL (first-backup)" in said
     assert stack.ok("vm", "list", "--json").json[1]["last_backup"]["image_id"] == 0
-    assert "1 backups whole" in stack.ok("image", "verify", "0").out
+    assert "1 backup whole" in stack.ok("image", "verify", "0").out
     assert stack.ok("vm", "list", "--json").json[1]["last_verified_at"] is not None
     target = tmp_path / "restored"
     stack.ok("image", "restore", "0", "--to", str(target), "--format", "raw")

@@ -11,7 +11,13 @@ from oned_backup.config import Settings
 from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict, Misconfigured, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
-from oned_backup.operations.inventory import configure_vm, delete_datastore, update_datastore
+from oned_backup.operations.inventory import (
+    add_host,
+    configure_vm,
+    delete_datastore,
+    import_vms,
+    update_datastore,
+)
 from oned_backup.operations.services import make_directories
 from oned_backup.store import BackupState, OperationState
 
@@ -98,3 +104,37 @@ def test_directories_that_cannot_be_made_are_a_setting_that_is_wrong() -> None:
     settings = Settings(state_dir=Path("/proc/none"), run_dir=Path("/proc/none/run"))
     with pytest.raises(Misconfigured, match="/proc/none cannot be made"):
         make_directories(settings)
+
+
+def test_a_vm_that_moves_keeps_its_disks_ids_and_its_configuration(world: World) -> None:
+    def domain(*targets: str) -> dict[str, str]:
+        disks = "".join(
+            f"<disk type='file' device='disk'><driver type='qcow2'/><source file='/srv/{target}.qcow2'/>"
+            f"<target dev='{target}'/></disk>"
+            for target in targets
+        )
+        head = "<domain type='kvm'><name>web</name><uuid>9a1c2b3d-0000-4000-8000-000000000001</uuid>"
+        return {"DOMAIN": f"{head}<devices>{disks}</devices></domain>", "STATE": "RUNNING", "CAPACITY": ""}
+
+    services = world.services
+    world.drivers.answers["monitor"] = lambda request: (
+        {"TOTAL_MB": "9", "USED_MB": "0", "FREE_MB": "9"}
+        if request.datastore is not None
+        else {
+            "DOMAINS": "<DOMAINS><DOMAIN><NAME>web</NAME>"
+            "<UUID>9a1c2b3d-0000-4000-8000-000000000001</UUID><STATE>RUNNING</STATE></DOMAIN></DOMAINS>"
+        }
+    )
+    for targets in (("vda", "vdb", "vdc"), ("vda", "vdc")):
+        world.drivers.answers["dump_xml"] = lambda _request, targets=targets: domain(*targets)
+        world.run("backup", vm_id=0)
+    configure_vm(services, 0, {"DISK_IDS": "2", "KEEP_LAST": "5"})
+    before = services.vm(0)
+    other = add_host(services, "other", uri="qemu+ssh://other/system", vm_mad="kvm", tm_mad="qcow2")
+    (told,) = import_vms(services, other.id, ["web"], every=False)
+    assert told["result"] == "adopted"
+    vm = services.vm(0)
+    assert vm.host_id == other.id
+    assert [(disk.disk_id, disk.target) for disk in vm.disks] == [(0, "vda"), (2, "vdc")]
+    assert (vm.next_disk_id, vm.config, vm.backup_ids) == (3, before.config, before.backup_ids)
+    assert (services.host(0).vm_ids, services.host(other.id).vm_ids) == ((), (0,))
