@@ -51,6 +51,6 @@ stamp=$(cat pyproject.toml share/setup.sh | sha256sum | cut -d ' ' -f 1)$extra
 if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
   echo "setting up .venv"
   /usr/bin/python3 -m venv --system-site-packages .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+  .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".$extra"
   echo "$stamp" >.venv/.stamp
 fi
