@@ -31,6 +31,8 @@ from oned_backup.transfer.task import Task
 MIN_FREE_BYTES = 256 << 20
 
 _INTERVAL_S = 0.25
+#: a restart of libvirtd takes seconds, an upgrade a little longer
+_WAIT_FOR_LIBVIRT_S = 600.0
 _PID_FILE = "guard.pid"
 _NOTE = "aborted"
 
@@ -94,11 +96,16 @@ def _main(uri: str, uuid: str, operation: str, *folders: str) -> None:
     descriptor = os.open(operation_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
     os.write(descriptor, f"{os.getpid()}\n".encode())
+    give_up_at = time.monotonic() + _WAIT_FOR_LIBVIRT_S
     while True:
+        began = time.monotonic()
         try:
             watch(uri, uuid, operation_dir, [Path(folder) for folder in folders])
         except Unavailable:
-            if not operation_dir.is_dir():
+            now = time.monotonic()
+            if now > began + 4 * _INTERVAL_S:  # it had been there, so this is another restart
+                give_up_at = now + _WAIT_FOR_LIBVIRT_S
+            if now > give_up_at or not operation_dir.is_dir():
                 raise
             time.sleep(_INTERVAL_S)
         else:

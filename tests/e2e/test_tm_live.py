@@ -376,24 +376,28 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
     vm.assert_restores("vdb")
 
 
-def test_watchman_outlives_a_restart_of_libvirtd(blank_guest: Guest, back_up: BackUp) -> None:
-    vm = back_up(blank_guest)
-    backup = vm.next_backup()
-    lost = vm.directory / "lost"
-    lost.mkdir()
-    place = {"files": lost, "operation_id": "op-00000000dead"}
-    vm.tm("pre_backup_live", backup, **place)
-    wait_for("the watchman", lambda: processes(vm.socket_dir))
-    time.sleep(1)  # it is connected by now
-    blank_guest.libvirtd.kill()
-    time.sleep(0.5)
-    blank_guest.libvirtd.resume()
-    time.sleep(1)
-    blank_guest.domain = blank_guest.libvirtd.connection.lookupByName(blank_guest.name)
-    assert blank_guest.has_backup_job()
-    assert len(processes(vm.socket_dir)) == 1
-    vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
-    vm.assert_nothing_left("op-00000000dead")
+def test_watchman_outlives_a_restart_of_libvirtd(short_dir: Path) -> None:
+    directory = short_dir / "guest"
+    (directory / "lost").mkdir(parents=True)
+    with Libvirtd() as server:
+        guest = Guest(server, directory, "watched", [data_disk(directory, 16)], boot="disk", agent=False)
+        guest.start()
+        vm = BackedUpVm(guest, directory, short_dir / "s")
+        backup = vm.next_backup()
+        place = {"files": directory / "lost", "operation_id": "op-00000000dead"}
+        vm.tm("pre_backup_live", backup, **place)
+        wait_for("the watchman", lambda: processes(vm.socket_dir))
+        time.sleep(1)  # it is connected by now
+        server.kill()
+        time.sleep(0.5)
+        server.resume()
+        time.sleep(1)
+        guest.domain = server.connection.lookupByName(guest.name)
+        assert guest.has_backup_job()
+        assert len(processes(vm.socket_dir)) == 1
+        vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
+        vm.assert_nothing_left("op-00000000dead")
+        guest.destroy()
 
 
 def test_guest_that_a_killed_attempt_has_suspended_goes_on(blank_guest: Guest, back_up: BackUp) -> None:
