@@ -8,13 +8,13 @@ A parameter that the driver declares secret is stored sealed (see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 
 from oned_backup import xmldoc
 from oned_backup.errors import InvalidInput
 from oned_backup.model.document import (
     ADMINISTRATOR,
+    Document,
     Owner,
     checked_title,
     id_list,
@@ -42,21 +42,8 @@ class DatastoreState(IntEnum):
     DISABLED = 1
 
 
-@dataclass(frozen=True, eq=False)
-class Datastore:
+class Datastore(Document):
     """A datastore document. Its element must not be changed: use the functions of this module."""
-
-    element: xmldoc.Element
-
-    @property
-    def id(self) -> int:
-        """The datastore's number in the catalogue."""
-        return xmldoc.integer(self.element, "ID")
-
-    @property
-    def name(self) -> str:
-        """The name shown to people."""
-        return self.element.findtext("NAME", "")
 
     @property
     def ds_mad(self) -> str:
@@ -67,11 +54,6 @@ class Datastore:
     def base_path(self) -> str:
         """Where the driver keeps its backups, empty for drivers without a path."""
         return self.element.findtext("BASE_PATH", "")
-
-    @property
-    def state(self) -> int:
-        """STATE; see `DatastoreState`."""
-        return xmldoc.integer(self.element, "STATE")
 
     @property
     def is_enabled(self) -> bool:

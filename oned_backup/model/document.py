@@ -19,6 +19,28 @@ _MAX_NAME_CHARACTERS = 128
 _RIGHTS = tuple(f"{who}_{what}" for who in ("OWNER", "GROUP", "OTHER") for what in ("U", "M", "A"))
 
 
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A document over its element, which must not be changed: use the functions of its module."""
+
+    element: xmldoc.Element
+
+    @property
+    def id(self) -> int:
+        """Its number in the catalogue."""
+        return xmldoc.integer(self.element, "ID")
+
+    @property
+    def name(self) -> str:
+        """The name shown to people."""
+        return self.element.findtext("NAME", "")
+
+    @property
+    def state(self) -> int:
+        """STATE, a number of its kind of document."""
+        return xmldoc.integer(self.element, "STATE")
+
+
 @dataclass(frozen=True)
 class Owner:
     """Whom a document belongs to; user 0 is the installation's administrator."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 from oned_backup import xmldoc
-from oned_backup.model.document import checked_title, id_list, ids, replace_all, section, shown
+from oned_backup.model.document import Document, checked_title, id_list, ids, replace_all, section, shown
 from oned_backup.model.vm import Placement
 
 DEFAULT_URI = "qemu:///system"
@@ -21,21 +20,8 @@ class HostState(IntEnum):
     DISABLED = 4
 
 
-@dataclass(frozen=True, eq=False)
-class Host:
+class Host(Document):
     """A host document. Its element must not be changed: use the functions of this module."""
-
-    element: xmldoc.Element
-
-    @property
-    def id(self) -> int:
-        """The host's number in the catalogue."""
-        return xmldoc.integer(self.element, "ID")
-
-    @property
-    def name(self) -> str:
-        """The name shown to people."""
-        return self.element.findtext("NAME", "")
 
     @property
     def uri(self) -> str:
@@ -51,11 +37,6 @@ class Host:
     def tm_mad(self) -> str:
         """The transfer manager driver for VMs that are imported from it."""
         return xmldoc.text(self.element, "TEMPLATE/TM_MAD", "qcow2")
-
-    @property
-    def state(self) -> int:
-        """STATE; see `HostState`."""
-        return xmldoc.integer(self.element, "STATE")
 
     @property
     def state_name(self) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 
 from oned_backup import xmldoc
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.document import (
+    Document,
     Owner,
     checked_title,
     id_list,
@@ -37,31 +37,13 @@ class ImageState(IntEnum):
     DELETE = 7
 
 
-@dataclass(frozen=True, eq=False)
-class Image:
+class Image(Document):
     """A backup image document. Its element must not be changed: use the functions of this module."""
-
-    element: xmldoc.Element
-
-    @property
-    def id(self) -> int:
-        """The image's number in the catalogue."""
-        return xmldoc.integer(self.element, "ID")
-
-    @property
-    def name(self) -> str:
-        """The name shown to people."""
-        return self.element.findtext("NAME", "")
 
     @property
     def owner(self) -> Owner:
         """Whom the image belongs to."""
         return Owner.of(self.element)
-
-    @property
-    def state(self) -> int:
-        """STATE; see `ImageState`."""
-        return xmldoc.integer(self.element, "STATE")
 
     @property
     def state_name(self) -> str:

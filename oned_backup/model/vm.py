@@ -19,6 +19,7 @@ from oned_backup.model.disk import Disk as Disk  # noqa: PLC0414 - a VM's disks,
 from oned_backup.model.disk import disk_from_element, disk_to_element, domain_disks, with_ids
 from oned_backup.model.document import (
     ADMINISTRATOR,
+    Document,
     Owner,
     checked_title,
     id_list,
@@ -60,21 +61,8 @@ class DomainState(StrEnum):
     OFF = "OFF"
 
 
-@dataclass(frozen=True, eq=False)
-class Vm:
+class Vm(Document):
     """A VM document. Its element must not be changed: use the functions of this module."""
-
-    element: xmldoc.Element
-
-    @property
-    def id(self) -> int:
-        """The VM's number in the catalogue."""
-        return xmldoc.integer(self.element, "ID")
-
-    @property
-    def name(self) -> str:
-        """The name shown to people."""
-        return self.element.findtext("NAME", "")
 
     @property
     def uuid(self) -> str:
@@ -90,11 +78,6 @@ class Vm:
     def owner(self) -> Owner:
         """Whom the VM, and the backups made of it, belong to."""
         return Owner.of(self.element)
-
-    @property
-    def state(self) -> int:
-        """STATE; see `VmState`."""
-        return xmldoc.integer(self.element, "STATE")
 
     @property
     def lcm_state(self) -> int:
