@@ -15,62 +15,69 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class RssWatch:
+class Watch:
+    """Looks again and again, in a thread of its own, while a `with` block runs."""
+
+    _interval_s = 0.02
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self._look()
+
+    def _look(self) -> None:
+        raise NotImplementedError
+
+
+class RssWatch(Watch):
     """The peak memory (MiB) of processes whose command line ends with a driver's action."""
 
     def __init__(self, action: str) -> None:
+        super().__init__()
         self.peak_mib = 0.0
         self._action = f"/{action}".encode()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            for entry in Path("/proc").glob("[0-9]*"):
-                try:
-                    words = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-                    if not any(word.endswith(self._action) for word in words[:3]):
-                        continue
-                    for line in (entry / "status").read_text().splitlines():
-                        if line.startswith("VmHWM:"):
-                            self.peak_mib = max(self.peak_mib, int(line.split()[1]) / 1024)
-                except OSError:
+    def _look(self) -> None:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+                if not any(word.endswith(self._action) for word in words[:3]):
                     continue
+                for line in (entry / "status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        self.peak_mib = max(self.peak_mib, int(line.split()[1]) / 1024)
+            except OSError:
+                continue
 
 
-class SpaceWatch:
+class SpaceWatch(Watch):
     """The most that files take which come and go in a folder, beside those that are there already."""
 
+    _interval_s = 0.01
+
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.peak_bytes = 0
         self._folder = folder
         self._present = set(folder.iterdir())
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            taken = 0
-            for path in set(self._folder.iterdir()) - self._present:
-                with contextlib.suppress(OSError):
-                    taken += path.stat().st_blocks * 512
-            self.peak_bytes = max(self.peak_bytes, taken)
+    def _look(self) -> None:
+        taken = 0
+        for path in set(self._folder.iterdir()) - self._present:
+            with contextlib.suppress(OSError):
+                taken += path.stat().st_blocks * 512
+        self.peak_bytes = max(self.peak_bytes, taken)
 
 
 class Product:

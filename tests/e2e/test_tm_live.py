@@ -354,7 +354,7 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     # only QEMU sees this file system, so that it fills before the watchman's limit is reached
-    inside = ["nsenter", "--mount", f"--target={guest.pid}"]
+    inside = ["nsenter", "--mount", "--root", f"--target={guest.pid}"]
     command(*inside, "mount", "-t", "tmpfs", "-o", "size=2m", "scratch", str(scratch))
     backup = vm.next_backup()
     lost = vm.directory / "lost"
