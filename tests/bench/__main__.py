@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--directory", help="where the disks and stores of the run lie")
     arguments = parser.parse_args()
     virtual, allocated = (2 * GIB, 256 * MIB) if arguments.quick else (8 * GIB, 2 * GIB)
-    percents = (1, 5) if arguments.quick else (1, 5, 20)
+    percents, increments = ((1,), 3) if arguments.quick else ((1, 5, 20), 10)
     started = time.monotonic()
     rows: list[Row] = []
     with _workplace(arguments.directory) as directory, Libvirtd() as libvirtd:
@@ -64,7 +64,7 @@ def main() -> int:
         template = directory / "template.qcow2"
         build_disk(template, data, seed=1)
         rows += backups.measure(directory, libvirtd, template, data, percents, arguments.runs)
-        rows += restores.measure(directory, libvirtd, template, data, arguments.runs)
+        rows += restores.measure(directory, libvirtd, template, data, increments, arguments.runs)
         rows += limits.measure(directory, full=not arguments.quick)
     size = f"{virtual // GIB} GiB disk, {data.allocated >> 20} MiB of data"
     publish(rows, ROOT / "build" / "bench.json", f"{size}; medians of {arguments.runs}; {_machine()}")

@@ -1,4 +1,4 @@
-"""Rows about restoring a full and ten increments: against qemu-img convert and virtnbdrestore."""
+"""Rows about restoring a full and its increments: against qemu-img convert and virtnbdrestore."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.bench.peers import VirtNbdBackup, convert_chain
 from tests.bench.product import Product, RssWatch
 from tests.bench.table import Row, compared
 
-INCREMENTS = 10
 
-
-def measure(directory: Path, libvirtd: Libvirtd, template: Path, data: Data, runs: int) -> list[Row]:
+def measure(
+    directory: Path, libvirtd: Libvirtd, template: Path, data: Data, increments: int, runs: int
+) -> list[Row]:
     """One chain of each kind, restored in turns."""
     ours = Machine(libvirtd, directory / "chain", "bench-chain", template)
     other = Machine(libvirtd, directory / "chain-vnb", "bench-chain-vnb", template)
@@ -25,7 +25,7 @@ def measure(directory: Path, libvirtd: Libvirtd, template: Path, data: Data, run
         vnb = VirtNbdBackup(other, directory / "vnb-chain")
         image = product.backup(vm)["result"]["image_id"]
         vnb.run(full=True)
-        for turn in range(INCREMENTS):
+        for turn in range(increments):
             dirty_all((ours, other), data, 1, turn)
             product.backup(vm)
             vnb.run(full=False)
@@ -44,7 +44,7 @@ def measure(directory: Path, libvirtd: Libvirtd, template: Path, data: Data, run
                 third.append(vnb.restore(directory / "vnb-restored"))
         moved = data.allocated
         rss = watch.peak_mib
-        name = f"restore of full + {INCREMENTS}"
+        name = f"restore of full + {increments}"
         return [
             compared(f"{name} to raw / qemu-img convert", mine, converted, bar=1.2, moved=moved, rss_mib=rss),
             compared(f"{name} / virtnbdrestore", mine, third, bar=0.5, moved=moved, rss_mib=rss),
