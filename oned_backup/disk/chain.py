@@ -114,6 +114,23 @@ class ChainReader:
                     result.add_bytes(piece.start, piece.end)
         return result
 
+    def covered(self) -> Spans:
+        """The byte ranges in which nothing from below these layers can show.
+
+        Those of which a layer says anything, and what is beyond the end of one.
+        """
+        result = Spans()
+        for start in range(0, self._guest_bytes, _WINDOW):
+            end = min(start + _WINDOW, self._guest_bytes)
+            found: list[tuple[int, int]] = []
+            for image in self._maps:
+                if image is None or image.guest_bytes < end:
+                    found.append((max(start, image.guest_bytes) if image else start, end))
+                found += [(extent.start, extent.end) for extent in self._extents(image, start, end)]
+            for first, stop in sorted(found):
+                result.add(first, stop)
+        return result
+
     def stream(self, data: Spans) -> Generator[Batch, None, None]:
         """These clusters in guest order; see `source.Source`."""
         return OrderedFill(batches(data), self._fill, threads=_THREADS).run()
