@@ -16,7 +16,7 @@ from pathlib import Path
 
 import libvirt
 
-from oned_backup import xmldoc
+from oned_backup import failpoints, xmldoc
 from oned_backup.errors import NotFound, OnedBackupError, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain
@@ -89,7 +89,9 @@ def begin(domain: Domain, job: str, checkpoint: str = "") -> None:
     something else holds the domain.
     """
     with libvirt_errors(f"backup of domain {domain.name}"):
+        failpoints.reach("job.begun")
         domain.handle.backupBegin(job, checkpoint or None, 0)
+    failpoints.reach("job.acted")
 
 
 def current_socket(domain: Domain) -> Path | None:

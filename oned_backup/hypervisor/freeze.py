@@ -25,6 +25,7 @@ from pathlib import Path
 
 import libvirt
 
+from oned_backup import failpoints
 from oned_backup.errors import Cancelled, OnedBackupError, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain, State
@@ -140,6 +141,7 @@ def _by_agent(
             watchdog = threading.Timer(max(left_s, 0.0), _thaw_late, [domain, window, timeout_s])
             watchdog.daemon = True
             watchdog.start()
+            failpoints.reach("freeze.frozen")
         yield
     finally:
         if watchdog:
@@ -158,6 +160,7 @@ def _by_suspending(domain: Domain, window: Window, timeout_s: float, note: Path)
         with libvirt_errors(f"suspend domain {domain.name}"):
             domain.handle.suspend()
         window.method = Mode.SUSPEND
+        failpoints.reach("freeze.suspended")
         yield
     finally:
         _resume(domain)

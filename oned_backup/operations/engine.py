@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from oned_backup import failpoints
 from oned_backup.errors import Cancelled, DriverFailed, NoSpace, OnedBackupError, PermissionDenied
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.steps import DONE, FAILED, Event, Step, Undo, doing, transitions, undoing
@@ -108,11 +109,13 @@ class _Walk:
             if not self.committed:
                 context.check_cancelled()
             intent = dict(step.intend(context)) if step.intend else {}
+            self._reach(step.name, "intend")
             number = journal.begin_step(
                 context.operation.id, step.name, {"attempt": context.attempt, **intent}
             )
             self.numbers[step.name] = number
             context.facts |= intent
+            self._reach(step.name, "begun")
             if self.committed:
                 with context.uncancellable():
                     self._effect(step, number)
@@ -130,11 +133,14 @@ class _Walk:
         if step.record is not None:
             with store.transaction() as tx:
                 outcome = dict(step.record(context, tx) or {})
+                self._reach(step.name, "acted")
                 tx.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
         else:
             assert step.do is not None, step.name  # noqa: S101 - a Step has one of the two
             outcome = dict(step.do(context) or {})
+            self._reach(step.name, "acted")
             store.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
+        self._reach(step.name, "ended")
         context.facts |= outcome
 
     def _failed(self, step: Step, error: Exception) -> None:
@@ -155,9 +161,11 @@ class _Walk:
         context.step = undo.name
         context.report(undo.name, 0, 0)
         number = self._begin_undo(step, undo)
+        self._reach(f"undo-{step.name}", "begun")
         try:
             with context.uncancellable():
                 self._persistently(undo.run)
+            self._reach(f"undo-{step.name}", "acted")
         except Exception as error:  # noqa: BLE001 - the other undos must still run
             known = as_known(error)
             context.note(f"{undo.name} did not succeed, something may be left behind: {known}")
@@ -168,7 +176,11 @@ class _Walk:
             self._end(number, StepState.DONE)
         if step.name in self.numbers:
             self._end(self.numbers[step.name], StepState.UNDONE)
+        self._reach(f"undo-{step.name}", "ended")
         return Event.OK
+
+    def _reach(self, name: str, moment: str) -> None:
+        failpoints.reach(f"{self.kind.name}.{name}.{moment}")
 
     def _begin_undo(self, step: Step, undo: Undo) -> int | None:
         """The undo's number in the journal; None if that cannot be written, which must not stop it.
@@ -249,9 +261,11 @@ def finish(
         result["notes"] = list(context.notes)
     if context.attempt > 1:
         result["attempts"] = context.attempt
+    failpoints.reach(f"{kind.name}.END.acted")
     context.services.store.journal.finish(
         context.operation.id, state, result=result, error="" if error is None else describe(error)
     )
+    failpoints.reach(f"{kind.name}.END.ended")
     context.remove_work_dir()
     return state
 

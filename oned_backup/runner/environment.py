@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oned_backup import xmldoc
+from oned_backup import failpoints, xmldoc
 from oned_backup.contract.actions import SPEC_VERSION
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import InvalidInput
@@ -95,7 +95,7 @@ def base_environment() -> dict[str, str]:
         "HOME": os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir,
         "LC_ALL": "C.UTF-8",
         "ODB_SPEC": str(SPEC_VERSION),
-    }
+    } | {name: os.environ[name] for name in (failpoints.VARIABLE,) if name in os.environ}
 
 
 def _of_backup(backup: Backup) -> dict[str, str]:

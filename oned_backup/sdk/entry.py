@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from oned_backup import failpoints
 from oned_backup.contract.actions import ACTIONS, SPEC_VERSION
 from oned_backup.contract.result import format_result
 from oned_backup.errors import Cancelled, DriverBug, OnedBackupError, Salvaged, Unsupported
@@ -106,7 +107,10 @@ def _run(
         spec = environ.get("ODB_SPEC", str(SPEC_VERSION))
         if spec != str(SPEC_VERSION):
             raise Unsupported(f"the daemon speaks version {spec} of the contract, not {SPEC_VERSION}")
+        here = f"{Path(sys.argv[0]).absolute().parent.name}.{action}"
+        failpoints.reach(f"{here}.begun")
         answer = driver.perform(call)
+        failpoints.reach(f"{here}.acted")
         if termination.signal:  # the action swallowed it: half-done is not done
             raise Cancelled("ended by a signal")
         termination.disarm()

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from oned_backup import failpoints
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 
 _READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -121,6 +122,7 @@ class Folder:
 
     def rename_folder(self, old: str, new: str) -> None:
         """Give a folder another name, durably; `Conflict` if that is taken."""
+        failpoints.reach("rename.begun")
         try:
             # A directory cannot take the place of one that is not empty.
             os.rename(
@@ -133,6 +135,7 @@ class Folder:
             if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
                 raise Conflict(f"{self.path / new} exists already") from error
             raise
+        failpoints.reach("rename.acted")
         self.sync()
 
     def remove(self, name: str) -> None:

@@ -1,13 +1,16 @@
-"""Transfer manager for the dummy hypervisor: disks are copied into staged files, always full.
+"""Transfer manager for the dummy hypervisor: disks are copied into staged files.
 
-No libvirt, QEMU or NBD: thousands of backups a minute, for tests and simulation.
+No libvirt, QEMU or NBD: thousands of backups a minute, for tests and simulation. A
+checkpoint is a sparse copy of the disk beside it, `<disk>.<checkpoint>`; an increment
+is what differs from the parent's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from oned_backup import xmldoc
@@ -24,11 +27,12 @@ from oned_backup.contract.request import Request
 from oned_backup.disk.buffers import Batch, Part, batches
 from oned_backup.disk.image import VirtualImage
 from oned_backup.disk.ordered import OrderedFill
-from oned_backup.disk.spans import Spans
+from oned_backup.disk.spans import CLUSTER, Spans
 from oned_backup.errors import Busy, InvalidInput
 from oned_backup.hypervisor.dummy import DummyDomain, DummyHost
 from oned_backup.model.disk import Disk
 from oned_backup.model.host import Host
+from oned_backup.model.names import CHECKPOINT_PREFIX
 from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import Vm
 from oned_backup.sdk import Answer, Call, Driver
@@ -37,7 +41,7 @@ from oned_backup.sdk.publish import publish_path
 
 
 class Dummy(Driver):
-    """Every backup is full: there is nothing that tracks changes."""
+    """Increments where the parent's checkpoint is there, else full backups."""
 
     def pre_backup_live(self, call: Call) -> Answer:
         """The disks of a domain that runs."""
@@ -48,9 +52,17 @@ class Dummy(Driver):
         return _export(call, running=False)
 
     def post_backup(self, call: Call) -> None:
-        """The domain is not frozen; staged files are the daemon's to remove."""
+        """The domain is not frozen, and has the checkpoint that is kept; staged files are the daemon's."""
         host, vm = _place(call.request)
-        host.update(host.find(vm.uuid), frozen=False)
+        domain = host.find(vm.uuid)
+        host.update(domain, frozen=False)
+        prefix = f"{CHECKPOINT_PREFIX}{call.option('INSTALLATION', '')}"
+        keep = call.option("KEEP_CHECKPOINT", "")
+        for disk in domain.disks:
+            source = Path(disk.source)
+            for path in source.parent.glob(f"{source.name}.{prefix}*"):
+                if path != _checkpoint_path(disk.source, keep):
+                    path.unlink()
 
     post_backup_live = post_backup
 
@@ -81,6 +93,24 @@ class SparseFile:
             data.add_bytes(start, offset)
         return data
 
+    def changes_since(self, before: SparseFile) -> tuple[Spans, Spans]:
+        """The clusters that differ from `before`: those with data, and those that are zero now."""
+        data, zero = Spans(), Spans()
+        for cluster in _clusters(self.extents(), before.extents()):
+            now = self._cluster(cluster)
+            if now != before._cluster(cluster):
+                (data if any(now) else zero).add(cluster, cluster + 1)
+        return data, zero
+
+    def copy_to(self, path: Path) -> None:
+        """A new sparse file of the same content."""
+        with path.open("xb") as target:
+            target.truncate(self.guest_bytes)
+            for first, end in self.extents():
+                for cluster in range(first, end):
+                    target.seek(cluster * CLUSTER)
+                    target.write(os.pread(self._file, CLUSTER, cluster * CLUSTER))
+
     def stream(self, data: Spans) -> Generator[Batch, None, None]:
         """These clusters in order."""
         return OrderedFill(batches(data), self._fill, threads=1).run()
@@ -94,10 +124,18 @@ class SparseFile:
         """Close the file."""
         os.close(self._file)
 
+    def _cluster(self, number: int) -> bytes:
+        return os.pread(self._file, CLUSTER, number * CLUSTER).ljust(CLUSTER, b"\0")
+
     def _fill(self, parts: list[Part], batch: Batch) -> None:
         batch.load(parts)
         for part in parts:
             self.read_into(part.offset, batch.view[part.position : part.position + part.length])
+
+
+def _clusters(*spans: Spans) -> Iterator[int]:
+    """The members of all these sets, in order."""
+    yield from sorted({cluster for span in spans for run in span for cluster in range(*run)})
 
 
 def _export(call: Call, *, running: bool) -> Answer:
@@ -107,17 +145,24 @@ def _export(call: Call, *, running: bool) -> Answer:
     if (domain.state != "OFF") != running:
         raise Busy(f"domain {domain.name} is {domain.state.lower()}")
     mode = vm.config.fs_freeze.value if running else "NONE"
+    checkpoint = request.backup.checkpoint if request.backup else ""
     if mode != "NONE":
         host.update(domain, frozen=True)
     try:
         included, excluded = select_disks(vm)
-        disks = tuple(_stage(call, domain, disk) for disk in included)
+        views = [_view(domain, disk, checkpoint) for disk in included]
     finally:
         host.update(domain, frozen=False)
+    parents = [_parent_path(request, view) for view in views]
+    # All disks whole: a new chain, whose first files are numbered 0.
+    number = request.backup.increment_id if request.backup and any(parents) else 0
+    disks = tuple(_stage(call, view, parent, number) for view, parent in zip(views, parents, strict=True))
     (call.source_dir / "vm.xml").write_text(xmldoc.serialize(vm.element, pretty=True))
     (call.source_dir / "domain.xml").write_text(xmldoc.serialize(domain.to_xml()))
     exports = Exports(
         disks=disks,
+        increment_id=number,
+        checkpoint=checkpoint,
         freeze=Freeze(requested=vm.config.fs_freeze.value, method=mode),
         excluded=tuple(
             ExcludedDisk(entry.disk.target, Reason(entry.reason.value), entry.disk.disk_id, entry.text)
@@ -128,32 +173,74 @@ def _export(call: Call, *, running: bool) -> Answer:
     return {"EXPORTS": exports.to_xml()}
 
 
-def _stage(call: Call, domain: DummyDomain, disk: Disk) -> DiskExport:
+@dataclass(frozen=True)
+class _View:
+    """A disk as it is backed up: the file of its new checkpoint, or its own without one."""
+
+    disk: Disk
+    source: str
+    path: Path
+
+
+def _view(domain: DummyDomain, disk: Disk, checkpoint: str) -> _View:
     found = next((entry for entry in domain.disks if entry.target == disk.target), None)
     if found is None:
         raise Busy(f"domain {domain.name} has no disk {disk.target} any more")
-    export = DiskExport(
-        disk_id=disk.disk_id,
-        target=disk.target,
-        file=disk_file_name(disk.disk_id, 0),
-        type=BackupType.FULL,
-        reason=_reason(call.request),
-        size_bytes=found.size_bytes,
-        format="raw",
-        source=found.source,
-    )
-    path = call.source_dir / export.file
-    source = SparseFile(Path(found.source))
-    with VirtualImage(source, source.extents(), Spans()) as image:
-        with path.open("wb") as file:
-            file.writelines(image.chunks())
+    if not checkpoint:
+        return _View(disk, found.source, Path(found.source))
+    path = _checkpoint_path(found.source, checkpoint)
+    path.unlink(missing_ok=True)  # of an earlier attempt
+    partial = path.with_name(f".{path.name}")
+    with closing(SparseFile(Path(found.source))) as source:
+        source.copy_to(partial)
+    partial.replace(path)
+    return _View(disk, found.source, path)
+
+
+def _checkpoint_path(source: str, checkpoint: str) -> Path:
+    return Path(f"{source}.{checkpoint}")
+
+
+def _parent_path(request: Request, view: _View) -> Path | None:
+    """The disk at its last backup; None if nothing can be compared with it."""
+    parent = request.parent
+    if parent is None or not parent.checkpoint:
+        return None
+    before = next((disk for disk in parent.disks if disk.disk_id == view.disk.disk_id), None)
+    path = _checkpoint_path(view.source, parent.checkpoint)
+    if before is None or before.source != view.source or not path.exists():
+        return None
+    return path if path.stat().st_size <= view.path.stat().st_size else None
+
+
+def _stage(call: Call, view: _View, parent: Path | None, number: int) -> DiskExport:
+    file = disk_file_name(view.disk.disk_id, number)
+    path = call.source_dir / file
+    source = SparseFile(view.path)
+    data, zero = source.extents(), Spans()
+    if parent is not None:
+        with closing(SparseFile(parent)) as before:
+            data, zero = source.changes_since(before)
+    with VirtualImage(source, data, zero) as image:
+        with path.open("wb") as target:
+            target.writelines(image.chunks())
         Path(f"{path}{BLOCKS_SUFFIX}").write_bytes(b"".join(image.blocks_bytes()))
-    return replace(export, path=str(path))
+    return DiskExport(
+        disk_id=view.disk.disk_id,
+        target=view.disk.target,
+        file=file,
+        type=BackupType.INCREMENT if parent else BackupType.FULL,
+        reason=Reason.INCREMENT if parent else _reason(call.request),
+        size_bytes=source.guest_bytes,
+        format="raw",
+        source=view.source,
+        path=str(path),
+    )
 
 
 def _reason(request: Request) -> Reason:
     if request.parent is not None:
-        return Reason.NO_CHANGE_TRACKING
+        return Reason.BITMAP_MISSING
     return Reason(request.options.get("FULL_REASON") or Reason.FIRST_BACKUP)
 
 
