@@ -1,0 +1,266 @@
+"""Stores whose backups are folders of plain files, wherever these lie: what their drivers share.
+
+    BASE_PATH/.oned-backup-store                 the marker: this is a store, and it is mounted
+    BASE_PATH/<vm id>/<backup id>/               a finished backup
+        vm.xml  domain.xml  disk.0.3  disk.0.3.blocks  …  manifest.json
+    BASE_PATH/<vm id>/.partial-<backup id>/      one in the making, or what a killed driver left
+    BASE_PATH/<vm id>/.removing-<backup id>/     one that is being deleted
+
+A backup gets its finished name when everything in it is durable, and loses it
+before anything in it is deleted. Nothing is locked: names are unique, and the
+daemon runs one action at a time for each chain.
+
+`FolderStore` has the actions that read, for a driver that can show the store as
+a directory. Those that write are the driver's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
+from oned_backup.contract.url import parse_url
+from oned_backup.errors import (
+    Conflict,
+    DataCorrupt,
+    InvalidInput,
+    Misconfigured,
+    NotFound,
+    Salvaged,
+    Unavailable,
+)
+from oned_backup.model.manifest import FILE_NAME as MANIFEST
+from oned_backup.model.manifest import Manifest, dump_manifest
+from oned_backup.model.names import checked_name
+from oned_backup.sdk import restore_points
+from oned_backup.sdk.call import Answer, Call
+from oned_backup.sdk.entry import Driver
+from oned_backup.sdk.failures import Space
+from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.stored import Manifests, open_layer, read_checked, small_files, verify_backup
+
+MARKER = ".oned-backup-store"
+MARKER_TEXT = b"oned-backup store, version 1\n"
+
+
+class FolderStore(Driver):
+    """The actions that read. `scheme`: of the driver's pseudo-URLs."""
+
+    scheme: ClassVar[str]
+
+    def open_base(self, call: Call) -> AbstractContextManager[Folder]:
+        """BASE_PATH as a directory to read; `Unavailable` if it is not to be had."""
+        raise NotImplementedError
+
+    def warm_up(self, action: str) -> None:
+        """Load the data engine before it is needed."""
+        if action == "backup":
+            import oned_backup.disk.image  # noqa: PLC0415
+            import oned_backup.sdk.files  # noqa: F401, PLC0415
+
+    def ls(self, call: Call) -> Answer:
+        """The disks of a restore point."""
+        with self.open_vm(call, call.vm_id) as folder:
+            backup_id = restore_points.wanted_backup(call)
+            disks = restore_points.stored_disks(call, self.scheme, Manifests(folder), backup_id)
+        return {"LISTING": Listing(disks).to_xml()}
+
+    def stat(self, call: Call) -> Answer:
+        """What the disks of a restore point take once restored."""
+        with self.open_vm(call, call.vm_id) as folder:
+            backup_id = restore_points.wanted_backup(call)
+            disks = restore_points.stored_disks(call, self.scheme, Manifests(folder), backup_id)
+        return {"SIZE_MB": sum(megabytes(disk.size_bytes) for disk in disks)}
+
+    def restore(self, call: Call) -> Answer:
+        """Disks and documents of a restore point; the documents are checked here."""
+        with self.open_vm(call, call.vm_id) as folder:
+            backup_id = restore_points.wanted_backup(call)
+            load = Manifests(folder)
+            disks = restore_points.stored_disks(call, self.scheme, load, backup_id)
+            manifest = load(backup_id)
+            with folder.folder(backup_id) as stored:
+                files = tuple((file.name, read_checked(stored, file)) for file in small_files(manifest))
+        plan = RestorePlan(backup_id, manifest.increment_id, disks, files)
+        return {"PLAN": plan.to_xml()}
+
+    def download(self, call: Call) -> Answer:
+        """The disk that URL names, to TARGET or to standard output."""
+        from oned_backup.disk.restore import restore_chain  # noqa: PLC0415 - loads the data engine
+
+        url = parse_url(call.option("URL"))
+        if url.scheme != self.scheme or url.datastore_id != call.datastore_id:
+            raise InvalidInput(f"{url} does not belong to datastore {call.datastore_id}")
+        target = call.option("TARGET", "")
+        with self.open_vm(call, url.vm_id) as folder, ExitStack() as stack:
+            chain = restore_points.url_chain(Manifests(folder), url)
+            layers = [open_layer(stack, folder, manifest, url.disk_id) for manifest in chain]
+            if target:
+                call.space = Space(Path(target).parent, sum(layer.path.stat().st_size for layer in layers))
+            restored = restore_chain(
+                layers,
+                Path(target) if target else call.stdout,
+                format=call.option("FORMAT", "raw"),
+                progress=call.progress,
+                salvage=call.option("SALVAGE", "NO").upper() == "YES",
+            )
+        if restored.salvaged:
+            raise _salvaged(call, url.disk_id, restored.salvaged, to_file=bool(target))
+        return {"BYTES": restored.bytes_written} if target else {}
+
+    def verify(self, call: Call) -> Answer:
+        """Re-read backups, whole or the share PERCENT of their clusters."""
+        percent = call.integer_option("PERCENT")
+        if percent is not None and not 1 <= percent <= 100:
+            raise InvalidInput(f"option PERCENT: {percent} is not between 1 and 100")
+        with self.open_vm(call, call.vm_id) as folder:
+            found = [_verify(call, folder, name, percent) for name in restore_points.meant_backups(call)]
+        return {"REPORT": VerifyReport(tuple(found)).to_xml()}
+
+    def catalogue(self, call: Call) -> Answer:
+        """The manifests of all finished backups."""
+        manifests, unreadable = [], []
+        with self.open_base(call) as base:
+            is_store(call, base)
+            for vm in vm_names(base):
+                with base.folder(vm) as folder:
+                    load = Manifests(folder)
+                    for backup_id in finished_names(folder):
+                        try:
+                            manifests.append(one_line(load(backup_id)))
+                        except DataCorrupt as error:
+                            unreadable.append((f"{vm}/{backup_id}", error.message))
+        return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
+
+    @contextmanager
+    def open_vm(self, call: Call, vm_id: int) -> Iterator[Folder]:
+        """The folder with a VM's backups, for an action on a backup that is known to exist."""
+        with self.open_base(call) as base:
+            is_store(call, base, known=True)
+            with base.folder(str(vm_id)) as folder:
+                yield folder
+
+
+def is_store(call: Call, base: Folder, *, known: bool = False) -> bool:
+    """False for a place where no store was begun yet; `Unavailable` if backups are `known` to be there.
+
+    The directory beneath a file system that is not mounted looks like an empty
+    store: without the marker it is none. Backups that are there prove it too:
+    OpenNebula's stores have no marker.
+    """
+    if base.has(MARKER):
+        if base.read_file(MARKER, 1024) != MARKER_TEXT:
+            raise Misconfigured(f"{base.path / MARKER}: not a store of a version that this program knows")
+        return True
+    if not known and not images_are_known(call):
+        return False
+    for vm in vm_names(base):
+        with base.folder(vm) as folder:
+            if finished_names(folder):
+                return False
+    raise Unavailable(
+        f"{base.path} has no {MARKER}, but backups are known to be there", hint="Is it mounted?"
+    )
+
+
+def images_are_known(call: Call) -> bool:
+    """Whether the daemon's catalogue has backups in this store."""
+    datastore = call.request.datastore
+    return datastore is not None and bool(datastore.findall("IMAGES/ID"))
+
+
+def finished_name(backup_id: str) -> str:
+    """`backup_id`, if it can be the name of a finished backup."""
+    if checked_name(backup_id, "backup id").startswith("."):
+        raise InvalidInput(f"backup id '{backup_id}' begins with a dot")
+    return backup_id
+
+
+def partial_name(backup_id: str) -> str:
+    """The name of the folder in which the backup is made."""
+    return f".partial-{finished_name(backup_id)}"
+
+
+def removing_name(backup_id: str) -> str:
+    """The name of the folder in which the backup is deleted."""
+    return f".removing-{finished_name(backup_id)}"
+
+
+def finished_names(folder: Folder) -> list[str]:
+    """The ids of the finished backups of a VM."""
+    return [name for name in folder.names() if not name.startswith(".")]
+
+
+def vm_names(base: Folder) -> list[str]:
+    """The folders of the VMs that have backups in the store."""
+    return [name for name in base.names() if name.isdecimal() and name.isascii()]
+
+
+def stored_answer(manifest: Manifest) -> Answer:
+    """What `backup` answers, also when it is asked again."""
+    return {
+        "BACKUP_ID": manifest.id,
+        "SIZE_MB": megabytes(manifest.size_bytes),
+        "FORMAT": "raw",  # OpenNebula's word for everything that is no RBD
+        "MANIFEST": one_line(manifest),
+    }
+
+
+def refuse_parents(call: Call, folder: Folder, ids: Sequence[str]) -> None:
+    """Raise `Conflict` if a backup in `folder` that stays continues one of `ids`."""
+    load = Manifests(folder)
+    for name in finished_names(folder):
+        if name in ids:
+            continue
+        try:
+            manifest = load(name)
+        except DataCorrupt as error:
+            call.warn(f"nobody can tell what this backup continues: {error.message}")
+            continue
+        needed = {manifest.parent_id, *(disk.parent_id for disk in manifest.disks)} & set(ids)
+        if needed:
+            raise Conflict(
+                f"backup {min(needed)} cannot be removed: backup {name} continues it",
+                hint="Remove the whole chain, or the newer backups first.",
+            )
+
+
+def one_line(manifest: Manifest) -> str:
+    """The manifest as an answer carries it."""
+    return json.dumps(json.loads(dump_manifest(manifest.raw)), separators=(",", ":"))
+
+
+def megabytes(size_bytes: int) -> int:
+    """Rounded up."""
+    return -(-size_bytes >> 20)
+
+
+def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> VerifiedBackup:
+    try:
+        manifest = Manifests(folder)(backup_id)
+    except (DataCorrupt, NotFound) as error:
+        return VerifiedBackup(backup_id, 0, ((MANIFEST, error.message),))
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        call.progress(done, manifest.size_bytes)
+
+    with folder.folder(backup_id) as stored:
+        return verify_backup(stored, manifest, percent=percent, advance=advance)
+
+
+def _salvaged(call: Call, disk_id: int, ranges: Sequence[tuple[int, int]], *, to_file: bool) -> Salvaged:
+    """The error that lists what had to be zero-filled: on stderr, and where stdout has no data there too."""
+    listed = ",".join(f"{offset}+{length}" for offset, length in ranges)
+    call.warn(f"disk {disk_id}: zero-filled (offset+length): {listed}")
+    lost = sum(length for _, length in ranges)
+    error = Salvaged(f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero")
+    if to_file:
+        error.answer = {"SALVAGED": listed}
+    return error
