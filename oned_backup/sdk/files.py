@@ -8,12 +8,12 @@ been read, because it lists the checksums of what was really read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
@@ -24,6 +24,7 @@ from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import StoredFile, dump_manifest
 
 if TYPE_CHECKING:
+    from oned_backup.disk.image import VirtualImage
     from oned_backup.sdk.call import Call
 
 #: beside the file of a disk: the digests of its clusters
@@ -69,19 +70,12 @@ class BackupFiles:
     """
 
     def __init__(self, call: Call) -> None:
-        exports = call.request.exports
-        if exports is None:
-            raise InvalidInput(f"request: {call.action} needs the section EXPORTS")
         self._call = call
-        self._exports: Exports = exports
         self._stack = ExitStack()
         self._done = 0
         self._stored: list[StoredFile] = []
         try:
-            self._files = [
-                *(self._plain(call.source_dir / name, name) for name in exports.files),
-                *(file for disk in exports.disks for file in self._disk(disk)),
-            ]
+            self._files = list(self._open())
         except BaseException:
             self._stack.close()
             raise
@@ -104,8 +98,27 @@ class BackupFiles:
             if not file.blake3:
                 raise DriverBug(f"{file.name}: the driver did not read it to the end")
             self._stored.append(StoredFile(file.name, file.size_bytes, file.blake3))
-        data = dump_manifest(manifest_of(self._call.request, self._exports, self._stored))
+        data = dump_manifest(self._manifest(self._stored))
         yield BackupFile(MANIFEST, len(data), lambda: [data])
+
+    def _open(self) -> Iterator[BackupFile]:
+        """All files but the manifest; what they need is kept open by the stack."""
+        exports = self._exports
+        for name in exports.files:
+            yield self._plain(self._call.source_dir / name, name)
+        for disk in exports.disks:
+            yield from self._disk(disk)
+
+    def _manifest(self, stored: Sequence[StoredFile]) -> Mapping[str, Any]:
+        """The `backup` object of manifest.json, when all other files were read."""
+        return manifest_of(self._call.request, self._exports, stored)
+
+    @property
+    def _exports(self) -> Exports:
+        exports = self._call.request.exports
+        if exports is None:
+            raise InvalidInput(f"request: {self._call.action} needs the section EXPORTS")
+        return exports
 
     def _advance(self, size: int) -> None:
         self._done += size
@@ -133,18 +146,22 @@ class BackupFiles:
             return
         from oned_backup.disk.image import open_export  # noqa: PLC0415 - staged backups need no NBD
 
-        image = self._stack.enter_context(
-            open_export(disk.nbd_socket, disk.nbd_export, dirty_bitmap=disk.dirty_bitmap)
+        yield from self._image(
+            disk.file, open_export(disk.nbd_socket, disk.nbd_export, dirty_bitmap=disk.dirty_bitmap)
         )
+
+    def _image(self, name: str, image: VirtualImage) -> Iterator[BackupFile]:
+        """The file of a disk and its digests; the image is closed with everything else."""
+        self._stack.enter_context(image)
         yield BackupFile(
-            disk.file,
+            name,
             image.size_bytes,
             image.chunks,
             _hash_of=lambda: image.blake3,
             _advance=self._advance,
         )
         yield BackupFile(
-            disk.file + BLOCKS_SUFFIX,
+            name + BLOCKS_SUFFIX,
             image.blocks_size_bytes,
             lambda: _pieces(image.blocks_bytes()),
             _advance=self._advance,
