@@ -73,7 +73,6 @@ class BackupFiles:
         self._call = call
         self._stack = ExitStack()
         self._done = 0
-        self._stored: list[StoredFile] = []
         try:
             self._files = list(self._open())
         except BaseException:
@@ -97,9 +96,32 @@ class BackupFiles:
             yield file
             if not file.blake3:
                 raise DriverBug(f"{file.name}: the driver did not read it to the end")
-            self._stored.append(StoredFile(file.name, file.size_bytes, file.blake3))
-        data = dump_manifest(self._manifest(self._stored))
-        yield BackupFile(MANIFEST, len(data), lambda: [data])
+        yield self.manifest()
+
+    @property
+    def files(self) -> Sequence[BackupFile]:
+        """All files but the manifest, for who can read several at a time."""
+        return self._files
+
+    def manifest(self) -> BackupFile:
+        """The manifest, once all other files were read to their end; else `DriverBug`."""
+        unread = next((file.name for file in self._files if not file.blake3), None)
+        if unread is not None:
+            raise DriverBug(f"{unread}: the driver did not read it to the end")
+        data = self._manifest_of([file.blake3 for file in self._files])
+        return BackupFile(MANIFEST, len(data), lambda: [data])
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The size that the manifest will have: digests are all of one length."""
+        return len(self._manifest_of(["0" * 64] * len(self._files)))
+
+    def _manifest_of(self, digests: Sequence[str]) -> bytes:
+        stored = [
+            StoredFile(file.name, file.size_bytes, digest)
+            for file, digest in zip(self._files, digests, strict=True)
+        ]
+        return dump_manifest(self._manifest(stored))
 
     def _open(self) -> Iterator[BackupFile]:
         """All files but the manifest; what they need is kept open by the stack."""
