@@ -55,7 +55,7 @@ _TABLE = (
     Action(Kind.DATASTORE, "restore", ("PLAN",), mandatory=True),
     Action(Kind.DATASTORE, "download", optional=("BYTES", "SALVAGED"), streams=True, mandatory=True),
     Action(Kind.DATASTORE, "verify", ("REPORT",)),
-    Action(Kind.DATASTORE, "increment_flatten", ("SIZE_MB", "CHAIN")),
+    Action(Kind.DATASTORE, "increment_flatten", ("BACKUP_ID", "SIZE_MB", "CHAIN"), ("MANIFEST",)),
     Action(Kind.DATASTORE, "rm", mandatory=True),
     Action(Kind.DATASTORE, "monitor", ("TOTAL_MB", "USED_MB", "FREE_MB"), mandatory=True),
     Action(Kind.DATASTORE, "catalogue", ("CATALOGUE",)),

@@ -102,15 +102,16 @@ def disk_chain(
     """What it takes to restore a disk at the last of `chain`: (increment id, backup id), oldest first.
 
     Goes back from there to the disk's last FULL file, each step to the backup
-    that the file says it continues. `manifests` by backup id. `NotFound` if the
-    last backup does not have the disk; `DataCorrupt` if the chain has a gap.
+    that the file says it continues, or to the merged one that stands for it.
+    `manifests` by backup id. `NotFound` if the last backup does not have the
+    disk; `DataCorrupt` if the chain has a gap.
     """
     found: list[tuple[int, str]] = []
     wanted = chain[-1].source if chain else ""
     for increment in reversed(chain):
-        if increment.source != wanted:
-            continue
         manifest = manifests.get(increment.source)
+        if increment.source != wanted and (manifest is None or wanted not in manifest.stands_for):
+            continue
         if manifest is None:
             raise DataCorrupt(f"disk {disk_id}: the manifest of backup {increment.source} is missing")
         disk = manifest.disk(disk_id)

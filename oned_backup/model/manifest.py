@@ -6,11 +6,22 @@
                 "disks": [{"disk_id", "target", "type", "reason", "text", "file", "parent_id",
                            "size_bytes", "format", "source", "source_id", "backing": […]}],
                 "excluded": [{"disk_id", "target", "reason", "text"}],
-                "files": [{"name", "size_bytes", "blake3"}]}}
+                "files": [{"name", "size_bytes", "blake3"}],
+                "replaces": ["…"], "stands_for": ["…"]}}                 of merged ones only
 
 The manifest is the last file of a backup to be written: a restore point exists
 if and only if its manifest is durable. Canonical means UTF-8, sorted keys,
 no white space. Unknown keys are kept.
+
+A merged backup (see `increment_flatten`) `replaces` all that went into it, and
+`stands_for` those of them that had the same content: the newest, and what that
+one stood for. Nothing stored is ever edited, so a backup may name a parent that
+is gone: it continues the one that stands for it, and no other.
+
+    merged from          replaces        stands_for
+    m = a b c            a b c           c            d, whose parent is c, continues m
+    n = m d              a b c m d       d
+    o = f m (f is m's parent)  f a b c m     c m       d continues o
 """
 
 from __future__ import annotations
@@ -74,6 +85,10 @@ class Manifest:
     disks: tuple[ManifestDisk, ...]
     files: tuple[StoredFile, ...]
     raw: Mapping[str, Any]
+    #: of a merged backup: all that went into it, oldest first
+    replaces: tuple[str, ...] = ()
+    #: of a merged backup: those whose content it has, so that what continued them continues this one
+    stands_for: tuple[str, ...] = ()
 
     def disk(self, disk_id: int) -> ManifestDisk | None:
         """The disk of that id, None where the backup does not hold it."""
@@ -149,6 +164,8 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         disks=disks,
         files=files,
         raw=backup,
+        replaces=tuple(checked_name(name, "replaced backup") for name in backup.get("replaces", ())),
+        stands_for=tuple(checked_name(name, "replaced backup") for name in backup.get("stands_for", ())),
     )
 
 

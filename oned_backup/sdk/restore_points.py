@@ -3,18 +3,23 @@
 Everything is taken from the manifests in the store, so that it works for a
 store whose catalogue is lost. `Load` gives the manifest of a backup id, or
 raises `NotFound`, `DataCorrupt` or `Unavailable`.
+
+A parent may have been merged into another backup that stands for it (see
+`model.manifest`). Which of the two counts while both are stored is for the
+catalogue to say: the one that IMAGE, or the URL, names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import TypeAlias
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import StoredDisk
 from oned_backup.contract.exports import BackupType
 from oned_backup.contract.url import DiskUrl
-from oned_backup.errors import DataCorrupt, InvalidInput, NotFound
+from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 from oned_backup.model.increments import Increment, chain_to
 from oned_backup.model.manifest import Manifest
 from oned_backup.model.names import checked_name
@@ -39,13 +44,47 @@ def meant_backups(call: Call) -> tuple[str, ...]:
     if listed:
         ids = [part.strip() for part in listed.split(",") if part.strip()]
     else:
-        image = _image(call)
-        ids = [increment.source for increment in _increments(image)] or [xmldoc.text(image, "SOURCE")]
+        ids = list(chain_ids(call)) or [xmldoc.text(_image(call), "SOURCE")]
     return tuple(dict.fromkeys(checked_name(backup_id, "backup id") for backup_id in ids))
 
 
-def disk_chain(load: Load, backup_id: str, disk_id: int) -> tuple[Manifest, ...]:
-    """The backups that carry a disk's content at `backup_id`, from its last FULL file on, oldest first."""
+def chain_ids(call: Call) -> tuple[str, ...]:
+    """The ids of the backups in IMAGE, oldest first; none of an image without a chain."""
+    return tuple(increment.source for increment in increments(call))
+
+
+def increments(call: Call) -> tuple[Increment, ...]:
+    """The increments in IMAGE, oldest first; none of an image without a chain."""
+    return tuple(_increments(_image(call)))
+
+
+def refuse_parents(manifests: Iterable[Manifest], ids: Collection[str]) -> None:
+    """`Conflict` if a backup that stays needs one of `ids`, which are to go.
+
+    `manifests`: of all finished backups of the VM. A parent that another backup stands for is
+    not needed, if that one stays; and one of `ids` may be needed because it stands for a parent.
+    """
+    stored = tuple(manifests)
+    staying = [manifest for manifest in stored if manifest.id not in ids]
+    there = {name for manifest in staying for name in (manifest.id, *manifest.stands_for)}
+    going = {backup_id: backup_id for backup_id in ids}
+    for manifest in stored:
+        if manifest.id in ids:
+            going.update(dict.fromkeys(manifest.stands_for, manifest.id))
+    for manifest in staying:
+        for parent_id in sorted({manifest.parent_id, *(disk.parent_id for disk in manifest.disks)}):
+            if parent_id in going and parent_id not in there:
+                raise Conflict(
+                    f"backup {going[parent_id]} cannot be removed: backup {manifest.id} continues it",
+                    hint="Remove the whole chain, or the newer backups first.",
+                )
+
+
+def disk_chain(load: Load, backup_id: str, disk_id: int, known: Collection[str] = ()) -> tuple[Manifest, ...]:
+    """The backups that carry a disk's content at `backup_id`, from its last FULL file on, oldest first.
+
+    `known`: the backups that count, among which one may stand for a parent that is not.
+    """
     manifest = load(backup_id)
     disk = manifest.disk(disk_id)
     if disk is None:
@@ -56,7 +95,7 @@ def disk_chain(load: Load, backup_id: str, disk_id: int) -> tuple[Manifest, ...]
         if parent_id in {link.id for link in chain}:
             raise DataCorrupt(f"disk {disk_id}: backup {parent_id} continues itself")
         try:
-            manifest = load(checked_name(parent_id, "parent id"))
+            manifest = _continued(load, checked_name(parent_id, "parent id"), known)
         except (NotFound, InvalidInput) as error:
             raise DataCorrupt(
                 f"disk {disk_id}: backup {child} continues {parent_id or 'nothing'}, which is not stored"
@@ -77,7 +116,7 @@ def stored_disks(call: Call, scheme: str, load: Load, backup_id: str) -> tuple[S
     found = []
     for disk in manifest.disks:
         if only is None or disk.disk_id == only:
-            chain = disk_chain(load, backup_id, disk.disk_id)
+            chain = disk_chain(load, backup_id, disk.disk_id, chain_ids(call))
             url = DiskUrl(
                 scheme=scheme,
                 datastore_id=call.datastore_id,
@@ -94,13 +133,24 @@ def stored_disks(call: Call, scheme: str, load: Load, backup_id: str) -> tuple[S
 
 def url_chain(load: Load, url: DiskUrl) -> tuple[Manifest, ...]:
     """The backups that `url` names; `NotFound` if the store's manifests say otherwise."""
-    chain = disk_chain(load, url.chain[-1][1], url.disk_id)
+    chain = disk_chain(load, url.chain[-1][1], url.disk_id, [backup_id for _, backup_id in url.chain])
     if tuple(link.id for link in chain) != tuple(backup_id for _, backup_id in url.chain):
         known = ",".join(f"{link.increment_id}:{link.id}" for link in chain)
         raise NotFound(
             f"{url}: this chain is not in the store", hint=f"Disk {url.disk_id} is now restored from {known}."
         )
     return chain
+
+
+def _continued(load: Load, parent_id: str, known: Collection[str]) -> Manifest:
+    """The backup that a child of `parent_id` continues: that one, or the known one that stands for it."""
+    if parent_id not in known:
+        for backup_id in known:
+            with suppress(NotFound, DataCorrupt):
+                manifest = load(checked_name(backup_id, "backup id"))
+                if parent_id in manifest.stands_for:
+                    return manifest
+    return load(parent_id)
 
 
 def _image(call: Call) -> xmldoc.Element:
