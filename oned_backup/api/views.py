@@ -10,6 +10,7 @@ from oned_backup.daemon.progress import Progress
 from oned_backup.daemon.requests import waits_for
 from oned_backup.daemon.service import Service
 from oned_backup.errors import DataCorrupt
+from oned_backup.model.backup_config import BackupConfig
 from oned_backup.model.datastore import Datastore, masked
 from oned_backup.model.host import Host
 from oned_backup.model.image import Image
@@ -68,7 +69,7 @@ def vm_view(store: Store, vm: Vm) -> JSON:
     config = vm.config
     return {
         **vm_row(store, vm),
-        "config": to_json(config.to_element()),
+        "config": _config_view(config),
         "chain": {"image_id": config.incremental_backup_id, "increment_id": config.last_increment_id}
         if config.has_chain
         else None,
@@ -90,6 +91,12 @@ def vm_view(store: Store, vm: Vm) -> JSON:
         "operations": [operation_row(entry) for entry in store.journal.list(vm_id=vm.id, limit=5)],
         "document": to_json(vm.element),
     }
+
+
+def _config_view(config: BackupConfig) -> JSON:
+    """All settings together, wherever the document has them."""
+    own = {str(child.tag): child.text for child in config.to_own_elements()}
+    return dict(sorted({**to_json(config.to_element()), **own}.items()))
 
 
 def datastore_row(datastore: Datastore) -> JSON:

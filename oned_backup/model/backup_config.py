@@ -8,9 +8,14 @@ disk is stored whole each time).
 
     user      MODE FULL|INCREMENT, INCREMENT_MODE CBT|SNAPSHOT, FS_FREEZE NONE|AGENT|SUSPEND,
               KEEP_LAST n (0 or absent: all), BACKUP_VOLATILE, DISK_IDS 0,2,… (absent: all), INTERACTIVE
+    ours      KEEP_DAILY n, KEEP_WEEKLY n, KEEP_MONTHLY n, KEEP_YEARLY n (see `model.retention`),
+              CHAIN_LENGTH n: after n backups into a chain the next one starts a new one (0: never)
     internal  INCREMENTAL_BACKUP_ID (image of the active chain), LAST_INCREMENT_ID, BACKUP_JOB_ID,
               LAST_DATASTORE_ID, LAST_BACKUP_ID, LAST_BACKUP_SIZE, LAST_BACKUP_FORMAT, LAST_BRIDGE,
               ACTIVE_FLATTEN
+
+What is ours has no place in OpenNebula's schema of BACKUP_CONFIG: it lies in
+USER_TEMPLATE/ONED_BACKUP of the VM (`to_own_elements`). To a user it is all one.
 
 A VM without BACKUP_CONFIG means OpenNebula's defaults (MODE=FULL). An imported
 libvirt domain is given `imported_config`: MODE=INCREMENT, because that is what
@@ -22,7 +27,7 @@ deleted that nobody asked to delete.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -30,6 +35,7 @@ from typing import Any, TypeVar
 from oned_backup import xmldoc
 from oned_backup.errors import InvalidInput
 from oned_backup.model.document import yes
+from oned_backup.model.retention import Rules
 
 
 class Mode(StrEnum):
@@ -76,6 +82,11 @@ class BackupConfig:
     last_backup_format: str = ""
     last_bridge: str = ""
     active_flatten: bool = False
+    keep_daily: int = 0
+    keep_weekly: int = 0
+    keep_monthly: int = 0
+    keep_yearly: int = 0
+    chain_length: int = 0
     #: elements this version does not know, as XML
     unknown: tuple[str, ...] = ()
 
@@ -84,18 +95,27 @@ class BackupConfig:
         """Whether the next backup may continue a chain."""
         return self.mode is Mode.INCREMENT and self.incremental_backup_id >= 0
 
+    @property
+    def rules(self) -> Rules:
+        """Which restore points retention keeps."""
+        return Rules(self.keep_last, self.keep_daily, self.keep_weekly, self.keep_monthly, self.keep_yearly)
+
     def without_chain(self) -> BackupConfig:
         """The same, with the next backup starting a new chain."""
         return replace(self, incremental_backup_id=-1, last_increment_id=-1)
 
     @classmethod
-    def from_element(cls, element: xmldoc.Element | None) -> BackupConfig:
-        """The values of a BACKUP_CONFIG (None: defaults); `InvalidInput` names a wrong one."""
-        if element is None:
-            return cls()
+    def from_element(cls, element: xmldoc.Element | None, own: Iterable[xmldoc.Element] = ()) -> BackupConfig:
+        """The values of a BACKUP_CONFIG (None: defaults) and of our `own` elements.
+
+        `InvalidInput` names a wrong one. Elements in `own` that are no settings are left alone.
+        """
         values: dict[str, Any] = {}
         unknown = []
-        for child in element:
+        for child in [child for child in own if child.tag in OWN]:
+            if child.text and child.text.strip():
+                values[str(child.tag).lower()] = _PARSERS[str(child.tag)](str(child.tag), child.text.strip())
+        for child in () if element is None else element:
             name = str(child.tag)
             if name not in _PARSERS:
                 unknown.append(xmldoc.serialize(child))
@@ -106,12 +126,20 @@ class BackupConfig:
     def to_element(self) -> xmldoc.Element:
         """The BACKUP_CONFIG element, children sorted by name as OpenNebula writes them."""
         children = [xmldoc.parse(text, what="BACKUP_CONFIG") for text in self.unknown]
-        for field in fields(self):
-            name = field.name.upper()
-            value = getattr(self, field.name)
-            if name in _PARSERS and (name in _ALWAYS or value != field.default):
-                children.append(xmldoc.build(name, _rendered(value)))
+        children += self._elements(_PARSERS.keys() - OWN)
         return xmldoc.build("BACKUP_CONFIG", sorted(children, key=lambda child: str(child.tag)))
+
+    def to_own_elements(self) -> list[xmldoc.Element]:
+        """The settings that OpenNebula does not have, sorted by name."""
+        return sorted(self._elements(OWN), key=lambda child: str(child.tag))
+
+    def _elements(self, names: Collection[str]) -> list[xmldoc.Element]:
+        return [
+            xmldoc.build(field.name.upper(), _rendered(getattr(self, field.name)))
+            for field in fields(self)
+            if (name := field.name.upper()) in names
+            and (name in _ALWAYS or getattr(self, field.name) != field.default)
+        ]
 
 
 def imported_config(*, has_agent_channel: bool) -> BackupConfig:
@@ -213,7 +241,18 @@ _SETTABLE: dict[str, Callable[[str, str], Any]] = {
     "BACKUP_VOLATILE": _boolean,
     "DISK_IDS": _disk_ids,
     "INTERACTIVE": _boolean,
+    "KEEP_DAILY": _number(0, 1_000_000),
+    "KEEP_WEEKLY": _number(0, 1_000_000),
+    "KEEP_MONTHLY": _number(0, 1_000_000),
+    "KEEP_YEARLY": _number(0, 1_000_000),
+    "CHAIN_LENGTH": _number(0, 1_000_000),
 }
+
+#: settings that OpenNebula does not have
+OWN = frozenset({"CHAIN_LENGTH", "KEEP_DAILY", "KEEP_MONTHLY", "KEEP_WEEKLY", "KEEP_YEARLY"})
+
+#: what says which restore points are kept
+RETENTION = OWN - {"CHAIN_LENGTH"} | {"KEEP_LAST"}
 
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     **_SETTABLE,

@@ -185,6 +185,13 @@ def with_increment(image: Image, increment: Increment, disk_ids: Iterable[int]) 
     return Image(element)
 
 
+def with_chain(image: Image, chain: Iterable[Increment]) -> Image:
+    """`image` with that chain, oldest first; its size is the sum of theirs."""
+    element = xmldoc.copy(image.element)
+    _put_chain(element, list(chain))
+    return Image(element)
+
+
 def with_state(image: Image, state: ImageState) -> Image:
     """`image` in that state; the one it leaves becomes PREV_STATE."""
     if image.state == state:
@@ -213,6 +220,12 @@ def with_name(image: Image, name: str) -> Image:
 def _put_chain(element: xmldoc.Element, chain: list[Increment]) -> None:
     section = element.find("BACKUP_INCREMENTS")
     old = {} if section is None else {i.findtext("ID"): i for i in section}
-    kept = [xmldoc.copy(old[str(i.id)]) if str(i.id) in old else i.to_element() for i in chain]
+    kept = []
+    for increment in chain:
+        new = increment.to_element()
+        known = old.get(str(increment.id))
+        if known is not None:  # what this version does not know of it stays
+            new.extend(xmldoc.copy(child) for child in known if new.find(str(child.tag)) is None)
+        kept.append(new)
     xmldoc.put(element, "BACKUP_INCREMENTS", kept)
     xmldoc.put(element, "SIZE", sum(increment.size_mb for increment in chain))

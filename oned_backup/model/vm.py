@@ -3,7 +3,8 @@
 A `Vm` wraps the element and reads from it; the functions give new documents.
 Elements that this version does not know are kept. Where OpenNebula's schema has
 no place for something of ours it lies in USER_TEMPLATE/ONED_BACKUP, which the
-schema leaves open: NEXT_DISK_ID, so that a disk's id is never given twice.
+schema leaves open: NEXT_DISK_ID, so that a disk's id is never given twice, and
+the settings of backups that OpenNebula does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from enum import IntEnum, StrEnum
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput
-from oned_backup.model.backup_config import BackupConfig, imported_config
+from oned_backup.model.backup_config import OWN, BackupConfig, imported_config
 from oned_backup.model.disk import Disk as Disk  # noqa: PLC0414 - a VM's disks, for its readers
 from oned_backup.model.disk import disk_from_element, disk_to_element, domain_disks, with_ids
 from oned_backup.model.document import (
@@ -141,7 +142,8 @@ class Vm(Document):
     @property
     def config(self) -> BackupConfig:
         """How it is backed up."""
-        return BackupConfig.from_element(self.element.find("BACKUPS/BACKUP_CONFIG"))
+        own = self.element.iterfind("USER_TEMPLATE/ONED_BACKUP/*")
+        return BackupConfig.from_element(self.element.find("BACKUPS/BACKUP_CONFIG"), own)
 
     @property
     def backup_ids(self) -> tuple[int, ...]:
@@ -293,6 +295,11 @@ def with_config(vm: Vm, config: BackupConfig) -> Vm:
     """`vm` with that BACKUP_CONFIG, unchecked; for a user's values see `selection.configure`."""
     element = xmldoc.copy(vm.element)
     replace_all(section(element, "BACKUPS"), "BACKUP_CONFIG", [config.to_element()])
+    own = config.to_own_elements()
+    if own or element.find("USER_TEMPLATE/ONED_BACKUP") is not None:
+        ours = section(section(element, "USER_TEMPLATE"), "ONED_BACKUP")
+        for name in sorted(OWN):
+            replace_all(ours, name, [child for child in own if child.tag == name])
     return Vm(element)
 
 

@@ -10,6 +10,7 @@ from oned_backup.contract.actions import Kind
 from oned_backup.contract.driver_toml import DriverManifest
 from oned_backup.errors import Conflict, DriverBug, InvalidInput, NotFound, OnedBackupError, Unavailable
 from oned_backup.model import datastore as datastores
+from oned_backup.model.backup_config import RETENTION
 from oned_backup.model.datastore import Datastore, new_datastore, with_capacity, with_parameters
 from oned_backup.model.document import replace_all
 from oned_backup.model.host import Host, HostState, new_host, with_state, with_vm, without_vm
@@ -24,7 +25,7 @@ from oned_backup.store import OperationState, Transaction
 FRESH_S = 300
 
 #: what a backup that is under way does not look at again
-_MEANWHILE = frozenset({"FS_FREEZE", "KEEP_LAST"})
+_MEANWHILE = RETENTION | {"FS_FREEZE", "CHAIN_LENGTH"}
 
 
 def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str) -> Host:

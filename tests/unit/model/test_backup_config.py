@@ -37,6 +37,9 @@ configs = st.builds(
     last_backup_format=words,
     last_bridge=words,
     active_flatten=st.booleans(),
+    keep_daily=st.integers(0, 1_000_000),
+    keep_monthly=st.integers(0, 2),
+    chain_length=st.integers(0, 2),
     unknown=st.sampled_from([(), ("<ZZ>a &amp; b</ZZ>",), ("<AA/>", "<ZZ><B>1</B></ZZ>")]),
 )
 
@@ -44,8 +47,11 @@ configs = st.builds(
 @given(configs)
 def test_every_configuration_survives_xml(config):
     element = xmldoc.parse(xmldoc.serialize(config.to_element()))
+    own = [xmldoc.parse(xmldoc.serialize(child)) for child in config.to_own_elements()]
 
-    assert BackupConfig.from_element(element) == config
+    assert (
+        BackupConfig.from_element(element, [*own, xmldoc.parse("<NEXT_DISK_ID>1</NEXT_DISK_ID>")]) == config
+    )
     assert [child.tag for child in element] == sorted(child.tag for child in element)
 
 

@@ -8,6 +8,8 @@ from oned_backup.model import datastore as datastores
 from oned_backup.model import host as hosts
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.disk import Disk, domain_disks, with_ids
+from oned_backup.model.retention import Rules
+from oned_backup.model.selection import configure
 from oned_backup.model.vm import (
     DomainState,
     Vm,
@@ -261,3 +263,14 @@ def test_memory_is_counted_in_mebibytes(host, memory, mb):
     )
 
     assert vm.element.findtext("TEMPLATE/MEMORY") == mb
+
+
+def test_settings_that_opennebula_does_not_have_keep_its_schema(vm, assert_valid):
+    values = {"KEEP_LAST": "3", "KEEP_DAILY": "7", "CHAIN_LENGTH": "30"}
+    configured = configure(vm, values)
+    read_again = Vm(xmldoc.parse(xmldoc.serialize(configured.element)))
+
+    assert_valid(configured.element)
+    assert read_again.config.rules == Rules(keep_last=3, keep_daily=7)
+    assert (read_again.config.chain_length, read_again.next_disk_id) == (30, vm.next_disk_id)
+    assert configure(configured, dict.fromkeys(values, "")).element.find(".//KEEP_DAILY") is None
