@@ -10,7 +10,7 @@ from pathlib import Path
 from oned_backup.disk.chain import ChainReader, Layer
 from oned_backup.disk.image import VirtualImage
 from oned_backup.disk.spans import CLUSTER, Spans
-from oned_backup.disk.target import Target, open_target
+from oned_backup.disk.target import NbdExport, Target, open_target
 from oned_backup.errors import InvalidInput
 
 Progress = Callable[[int, int], None]
@@ -28,7 +28,7 @@ class Restored:
 
 def restore_chain(
     layers: Sequence[Layer],
-    target: Path | int,
+    target: Path | int | NbdExport,
     *,
     format: str,  # noqa: A002  # the word of every tool in this field
     progress: Progress | None = None,
@@ -37,7 +37,7 @@ def restore_chain(
     """Write the merged view of the layers (oldest first) as `qcow2` or `raw`.
 
     `target` is a path (a new file, an existing file, which is replaced in
-    place, or a block device) or a descriptor that is written sequentially.
+    place, or a block device), an NBD export, or a descriptor that is written sequentially.
     New files are created exclusively and removed again if the restore fails.
     `DataCorrupt` names the layer, the place in its file and the guest range.
     """

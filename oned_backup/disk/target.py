@@ -1,4 +1,4 @@
-"""Where a restored disk is written: a file, a block device, or a stream.
+"""Where a restored disk is written: a file, a block device, a stream, or an NBD export (`nbdtarget`).
 
 Each target is told in ascending order what lies where (`write`) and what is
 zero (`zero`). What a fresh file was never told reads as zero anyway.
@@ -12,9 +12,11 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from oned_backup.disk.writeback import WriteBehind
 from oned_backup.errors import (
@@ -34,18 +36,49 @@ _FLOCK = struct.Struct("hhqqi4x")
 _QEMU_UNSHARED = (200, 8)
 _ZEROS = memoryview(bytes(1 << 20))
 #: zeroing is asked for in steps, so that progress and cancellation are not held up
-_ZERO_STEP = 1 << 30
+ZERO_STEP = 1 << 30
 
 IsALayer = Callable[[int, int], bool]
 
+_NBD_SCHEME = "nbd+unix"
 
-def open_target(target: Path | int, size: int, *, is_a_layer: IsALayer) -> Target:
+
+@dataclass(frozen=True)
+class NbdExport:
+    """An export of an NBD server behind a unix socket."""
+
+    socket: str
+    export: str = ""
+
+    def __str__(self) -> str:
+        """Its NBD URI."""
+        return f"{_NBD_SCHEME}:///{quote(self.export)}?socket={quote(self.socket)}"
+
+
+def parse_target(text: str) -> Path | NbdExport:
+    """The file, block device or export (`nbd+unix:///EXPORT?socket=PATH`) that a text names."""
+    if text.startswith("/"):
+        return Path(text)
+    parts = urlsplit(text)
+    sockets = parse_qs(parts.query).get("socket", [])
+    if parts.scheme != _NBD_SCHEME or parts.netloc or len(sockets) != 1 or not sockets[0].startswith("/"):
+        raise InvalidInput(
+            f"target '{text[:200]}' is neither an absolute path nor {_NBD_SCHEME}:///EXPORT?socket=PATH"
+        )
+    return NbdExport(sockets[0], unquote(parts.path.removeprefix("/")))
+
+
+def open_target(target: Path | int | NbdExport, size: int, *, is_a_layer: IsALayer) -> Target:
     """The target for `size` bytes. An existing file is emptied.
 
     `InvalidInput` for one that is a layer, `Busy` for one that QEMU has open: the disk of a guest.
     """
     if isinstance(target, int):
         return StreamTarget(target)
+    if isinstance(target, NbdExport):
+        from oned_backup.disk.nbdtarget import NbdTarget  # noqa: PLC0415 - the others need no libnbd
+
+        return NbdTarget(target, size)
     what = str(target)
     try:
         fd, created = _open(target)
@@ -72,6 +105,40 @@ def open_target(target: Path | int, size: int, *, is_a_layer: IsALayer) -> Targe
 class Target:
     """Base of all targets: sequential `write` and `zero`, then `finish`; a context manager."""
 
+    def write(self, offset: int, view: memoryview) -> None:
+        """These bytes at that offset; the view is free afterwards."""
+        raise NotImplementedError
+
+    def zero(self, start: int, end: int) -> None:
+        """Zeros in `[start, end)`."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Make it durable. A failure is final."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """The restore failed."""
+
+    def close(self) -> None:
+        """Close what was opened here."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                self.abandon()
+        finally:
+            self.close()
+
+
+class DescriptorTarget(Target):
+    """What is written through a descriptor of ours."""
+
     def __init__(self, fd: int, what: str) -> None:
         self._fd = fd
         self._what = what
@@ -88,10 +155,6 @@ class Target:
         except OSError as error:
             raise _explained(error, self._what) from error
 
-    def zero(self, start: int, end: int) -> None:
-        """Zeros in `[start, end)`."""
-        raise NotImplementedError
-
     def finish(self) -> None:
         """Make it durable. A failure is final."""
         try:
@@ -99,27 +162,12 @@ class Target:
         except OSError as error:
             raise _explained(error, self._what) from error
 
-    def abandon(self) -> None:
-        """The restore failed."""
-
     def close(self) -> None:
         """Close what was opened here."""
         os.close(self._fd)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is not None:
-                self.abandon()
-        finally:
-            self.close()
-
-
-class FileTarget(Target):
+class FileTarget(DescriptorTarget):
     """A regular file, emptied and set to its size first, so that zeros cost nothing."""
 
     def __init__(self, fd: int, what: str, size: int, *, remove: Path | None) -> None:
@@ -140,7 +188,7 @@ class FileTarget(Target):
             self._remove.unlink(missing_ok=True)
 
 
-class DeviceTarget(Target):
+class DeviceTarget(DescriptorTarget):
     """A block device: what was on it before must be overwritten."""
 
     def __init__(self, fd: int, what: str, size: int) -> None:
@@ -155,7 +203,7 @@ class DeviceTarget(Target):
     def zero(self, start: int, end: int) -> None:
         """Let the kernel zero the range (it discards where that gives zeros), else write zeros."""
         while start < end:
-            stop = min(end, start + _ZERO_STEP)
+            stop = min(end, start + ZERO_STEP)
             if self._can_zero_out and start % 512 == 0 and stop % 512 == 0:
                 try:
                     fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("=QQ", start, stop - start))
@@ -168,7 +216,7 @@ class DeviceTarget(Target):
             start = stop
 
 
-class StreamTarget(Target):
+class StreamTarget(DescriptorTarget):
     """A descriptor of the caller's that is written from front to back: a pipe, a socket, stdout."""
 
     def __init__(self, fd: int) -> None:
