@@ -10,9 +10,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runtime=(python3 python3-venv python3-libvirt python3-libnbd qemu-utils libvirt-clients)
-lab=(qemu-system-x86 libvirt-daemon-system libvirt-daemon-driver-qemu swtpm swtpm-tools ovmf
-     libnbd-bin nbdkit busybox-static qemu-guest-agent cpio dosfstools mtools syslinux
-     syslinux-common e2fsprogs shellcheck git iproute2 procps)
+lab=(busybox-static cpio dosfstools e2fsprogs fuse3 git iproute2 libnbd-bin
+     libvirt-daemon-driver-qemu libvirt-daemon-system mtools nbdkit nftables openssh-client
+     openssh-server ovmf procps qemu-guest-agent qemu-system-x86 restic rsync shellcheck
+     sshfs swtpm swtpm-tools syslinux syslinux-common)
 bench=(virtnbdbackup)
 
 packages=("${runtime[@]}")

@@ -28,11 +28,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from xml.sax.saxutils import escape, quoteattr
 
 import libvirt
 import libvirt_qemu
+
+if TYPE_CHECKING:
+    from netlab import Machine
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "lab"
@@ -65,17 +68,21 @@ def guest_image() -> Path:
 
 
 class Libvirtd:
-    """A private libvirtd in a short directory of its own; see private-libvirtd.sh."""
+    """A private libvirtd in a short directory of its own; see private-libvirtd.sh.
 
-    def __init__(self, *, qemu_user: str = "root") -> None:
+    In a `machine` of a network lab it is that machine's own; everything else is the same.
+    """
+
+    def __init__(self, *, qemu_user: str = "root", machine: Machine | None = None) -> None:
         self._qemu_user = qemu_user
+        self._machine = machine
         self._lock = -1
         self._connection: Any = None
         self.directory = Path()
 
     @property
     def uri(self) -> str:
-        """What libvirt clients connect to."""
+        """What libvirt clients connect to; for a machine's, those that can see its directory."""
         return f"qemu:///system?socket={self.directory}/run/libvirt-sock"
 
     @property
@@ -85,6 +92,10 @@ class Libvirtd:
 
     def start(self) -> None:
         """Start it, after cleaning up what killed runs left."""
+        if self._machine is not None:
+            self.directory = self._machine.own / "libvirtd"
+            self._script("start")
+            return
         remove_leftovers()
         self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
         self.directory.chmod(0o755)
@@ -94,15 +105,21 @@ class Libvirtd:
 
     def stop(self) -> None:
         """End it and all its guests, and remove its directory."""
+        self.disconnect()
+        if self._machine is not None:
+            self._script("stop")
         if self._lock < 0:
             return
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
         self._script("stop")
         shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._lock)
         self._lock = -1
+
+    def disconnect(self) -> None:
+        """Close our connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def restart(self) -> None:
         """Stop libvirtd with its guests, and start it again in the same directory."""
@@ -112,7 +129,7 @@ class Libvirtd:
 
     def kill(self) -> None:
         """SIGKILL libvirtd itself; its guests run on."""
-        pid = int((self.directory / "run" / "libvirtd.pid").read_text())
+        pid = self.pid_in("libvirtd.pid")
         os.kill(pid, signal.SIGKILL)
         wait_for("end of libvirtd", lambda: not Path(f"/proc/{pid}").exists())
         self._connection = None
@@ -120,6 +137,11 @@ class Libvirtd:
     def resume(self) -> None:
         """Start libvirtd again after `kill`; it finds its guests."""
         self._script("start")
+
+    def pid_in(self, file: str) -> int:
+        """The process, as seen from here, of a pid file in its run directory."""
+        pid = int((self.directory / "run" / file).read_text())
+        return pid if self._machine is None else self._machine.outer_pid(pid)
 
     @property
     def connection(self) -> Any:
@@ -139,11 +161,11 @@ class Libvirtd:
         self.stop()
 
     def _script(self, verb: str) -> None:
-        _command(
-            [str(HERE / "private-libvirtd.sh"), verb, str(self.directory)],
-            timeout_s=60,
-            environment={**os.environ, "LAB_QEMU_USER": self._qemu_user},
-        )
+        argv = [str(HERE / "private-libvirtd.sh"), verb, str(self.directory)]
+        environment = {**os.environ, "LAB_QEMU_USER": self._qemu_user}
+        if self._machine is not None:
+            argv, environment["LAB_MOUNTS_PRIVATE"] = self._machine.argv(argv), "1"
+        _command(argv, timeout_s=60, environment=environment)
 
 
 def remove_leftovers() -> None:
@@ -275,7 +297,7 @@ class Guest:
     @property
     def pid(self) -> int:
         """QEMU's process."""
-        return int((self.libvirtd.directory / "run" / "qemu" / f"{self.name}.pid").read_text())
+        return self.libvirtd.pid_in(f"qemu/{self.name}.pid")
 
     def start(self) -> None:
         """Power on."""

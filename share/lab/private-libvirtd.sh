@@ -8,7 +8,8 @@
 #
 # libvirtd's paths are compiled in, so it runs in a mount namespace where DIRECTORY lies over
 # /etc/libvirt, /var/lib/libvirt and so on. /dev/kvm is hidden, so that guests run the same
-# everywhere; LAB_KVM=1 shows it. QEMU runs as LAB_QEMU_USER (default: root).
+# everywhere; LAB_KVM=1 shows it. QEMU runs as LAB_QEMU_USER (default: root). With
+# LAB_MOUNTS_PRIVATE=1 this is run in a mount namespace that can have these mounts itself.
 #
 # `start` on a running one does nothing; `stop` also ends the guests, even if libvirtd was
 # killed. Needs root, libvirt-daemon-system, libvirt-clients.
@@ -72,13 +73,17 @@ CONF
 }
 
 start() {
-  local tries
+  local tries namespace=(unshare --mount --propagation private)
+  [ -z "${LAB_MOUNTS_PRIVATE:-}" ] || namespace=()
   if ! runs "$dir/run/libvirtd.pid" >/dev/null; then
     configure
     rm -f "$dir/run/libvirtd.pid"
     # shellcheck disable=SC2016 # expanded by the inner shell
-    unshare --mount --propagation private bash -c '
+    "${namespace[@]}" bash -c '
       mkdir -p /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /run/libvirt
+      if [ /run/libvirt -ef "$1/run" ]; then
+        exec libvirtd -d -f /etc/libvirt/libvirtd.conf -p /run/libvirt/libvirtd.pid
+      fi
       mount --bind "$1/etc" /etc/libvirt
       mount --bind "$1/lib" /var/lib/libvirt
       mount --bind "$1/cache" /var/cache/libvirt

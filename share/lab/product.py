@@ -12,23 +12,35 @@ process that started it, however that one ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab import HERE, LabError, wait_for
+
+if TYPE_CHECKING:
+    from netlab import Machine
 
 CLI = Path(sys.prefix) / "bin" / "oned-backup"
 DRIVERS = HERE.parents[1] / "drivers"
 
 
 class Product:
-    """Settings, catalogue, sockets and log in `directory`; `driver_dirs` go before the built-in ones."""
+    """Settings, catalogue, sockets and log in `directory`; `driver_dirs` go before the built-in ones.
 
-    def __init__(self, directory: Path, *, driver_dirs: Sequence[Path] = ()) -> None:
+    With a `machine` of a network lab, all of it runs in that machine.
+    """
+
+    def __init__(
+        self, directory: Path, *, driver_dirs: Sequence[Path] = (), machine: Machine | None = None
+    ) -> None:
+        self._machine = machine
         self.state_dir = directory / "state"
         self.run_dir = directory / "run"
         self.log = directory / "daemon.log"
@@ -39,16 +51,22 @@ class Product:
         )
         self._daemon: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start the daemon and wait until it answers."""
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the daemon, with further variables, and wait until it answers."""
+        argv = ["setpriv", "--pdeathsig", "TERM", CLI, "--config", self._config, "serve"]
         with self.log.open("ab") as log:
-            self._daemon = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", CLI, "--config", self._config, "serve"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            if self._machine is not None:
+                self._daemon = self._machine.popen(argv, environment=environment, **streams)
+            else:
+                env = {**os.environ, **(environment or {})}
+                self._daemon = subprocess.Popen(argv, env=env, **streams)
         wait_for("answer from the daemon", self._answers, 30)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the daemon lives."""
+        return self._daemon is not None and self._daemon.poll() is None
 
     def stop(self) -> None:
         """End the daemon in good order, if it runs."""
@@ -81,8 +99,9 @@ class Product:
 
     def call(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[bytes]:
         """A command that has ended, however it did."""
+        argv = [str(CLI), "--config", str(self._config), *words]
         return subprocess.run(
-            [CLI, "--config", self._config, *words],
+            argv if self._machine is None else self._machine.argv(argv),
             check=False,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -92,7 +111,10 @@ class Product:
     def _answers(self) -> bool:
         if self._daemon is not None and self._daemon.poll() is not None:
             raise LabError(f"the daemon ended:\n{self._tail()}")
-        return self.call("vm", "list").returncode == 0
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.run_dir / "api/daemon.sock"))
+            return True
+        return False
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from backed_up_vm import BackedUpVm
 from lab import Guest, LabDisk, Libvirtd, root_disk
+from netlab import Netlab
 from product import Product
 
 
@@ -73,3 +74,27 @@ def back_up(tmp_path: Path, short_dir: Path) -> Callable[[Guest], BackedUpVm]:
         return BackedUpVm(guest, tmp_path, short_dir / "s")
 
     return know
+
+
+@pytest.fixture(scope="session")
+def whole_netlab() -> Iterator[Netlab]:
+    """The machines of the whole run; tests take `netlab`."""
+    with Netlab(["daemon", "hv1", "hv2", "backup"]) as lab:
+        yield lab
+
+
+@pytest.fixture
+def netlab(whole_netlab: Netlab) -> Iterator[Netlab]:
+    """Machines that stand for the daemon's, two hypervisors and a backup server, with a network in order."""
+    yield whole_netlab
+    whole_netlab.calm()
+
+
+@pytest.fixture
+def remote_product(netlab: Netlab) -> Iterator[Product]:
+    """The command with a daemon of its own, both in the machine `daemon`."""
+    directory = Path(tempfile.mkdtemp(prefix="p", dir=netlab["daemon"].own))
+    product = Product(directory, machine=netlab["daemon"])
+    product.start()
+    yield product
+    product.stop()
