@@ -27,11 +27,11 @@ are cut off; an image of which nothing is kept goes as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, tzinfo
 from enum import StrEnum
-from itertools import groupby
+from itertools import chain, groupby
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ def plan_retention(
     cuts: list[tuple[int, tuple[int, ...]]] = []
     images: list[int] = []
     for image_id, members in groupby(ordered, key=lambda point: point.image_id):
-        chain = list(members)
-        fates = _fates(chain, reasons, can_merge=image_id not in unmergeable)
+        fates = _fates(list(members), reasons, can_merge=image_id not in unmergeable)
         verdicts += fates
         if all(verdict.fate is Fate.GOES for verdict in fates):
             images.append(image_id)
@@ -143,37 +142,39 @@ def kept_by_rules(
     points: Sequence[Point], rules: Rules, *, active_image: int = -1, zone: tzinfo | None = None
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     """The points that a rule keeps, by key, each with the reasons."""
-    reasons: dict[tuple[int, int], list[str]] = {}
+    reasons: dict[tuple[int, int], tuple[str, ...]] = {}
+    for point, reason in chain(
+        ((point, "pinned") for point in points if point.pinned),
+        _by_settings(points, rules, active_image, zone) if rules else _without_settings(points),
+    ):
+        reasons[point.key] = (*reasons.get(point.key, ()), reason)
+    if rules:
+        oldest = min((point.date for point in points if point.good and point.key in reasons), default=None)
+        for point in points:
+            if not point.good and (oldest is None or point.date >= oldest):
+                reasons[point.key] = (*reasons.get(point.key, ()), "damaged: verification may find it whole")
+    return reasons
 
-    def keep(point: Point, reason: str) -> None:
-        reasons.setdefault(point.key, []).append(reason)
 
+def _without_settings(points: Iterable[Point]) -> Iterator[tuple[Point, str]]:
+    return ((point, "no retention is set") for point in points)
+
+
+def _by_settings(
+    points: Sequence[Point], rules: Rules, active_image: int, zone: tzinfo | None
+) -> Iterator[tuple[Point, str]]:
     newest_first = sorted(points, key=lambda point: (point.date, *point.key), reverse=True)
     good = [point for point in newest_first if point.good]
-    if not rules:
-        for point in points:
-            keep(point, "no retention is set")
-    for point in points:
-        if point.pinned:
-            keep(point, "pinned")
-    if not rules:
-        return {key: tuple(found) for key, found in reasons.items()}
-    if good:
-        keep(good[0], "newest good one")
+    for point in good[:1]:
+        yield point, "newest good one"
     active = [point for point in points if point.image_id == active_image]
-    if active:
-        keep(max(active, key=lambda point: point.increment_id), "the next increment continues it")
+    for point in active[-1:]:
+        yield point, "the next increment continues it"
     for number, point in enumerate(good[: rules.keep_last], start=1):
-        keep(point, f"KEEP_LAST {number} of {rules.keep_last}")
+        yield point, f"KEEP_LAST {number} of {rules.keep_last}"
     for name, count, bucket in _periods(rules):
         for number, (period, point) in enumerate(_last_of_each(good, bucket, count, zone), start=1):
-            keep(point, f"{name} {number} of {count}: {period}")
-    counted = [point for point in good if point.key in reasons]
-    oldest = min((point.date for point in counted), default=None)
-    for point in points:
-        if not point.good and (oldest is None or point.date >= oldest):
-            keep(point, "damaged: verification may find it whole")
-    return {key: tuple(found) for key, found in reasons.items()}
+            yield point, f"{name} {number} of {count}: {period}"
 
 
 _Bucket = Callable[[datetime], str]
@@ -201,12 +202,12 @@ def _last_of_each(
 
 
 def _fates(
-    chain: Sequence[Point], reasons: dict[tuple[int, int], tuple[str, ...]], *, can_merge: bool
+    members: Sequence[Point], reasons: dict[tuple[int, int], tuple[str, ...]], *, can_merge: bool
 ) -> list[Verdict]:
     """The verdicts of one image's points, oldest first."""
     fates: list[Verdict] = []
     follower: Point | None = None  # the nearest newer point that is kept
-    for point in reversed(chain):
+    for point in reversed(members):
         kept = reasons.get(point.key)
         if kept:
             fates.append(Verdict(point, Fate.KEPT, kept))
