@@ -1,10 +1,11 @@
 """Named places where a test makes a process die, stop or wait; nothing happens unless ODB_FAILPOINTS is set.
 
-    ODB_FAILPOINTS=backup.STORE.acted=kill                      the process that reaches it
-    ODB_FAILPOINTS=fs.backup.begun=kill-parent                  the daemon, from within its driver
+    ODB_FAILPOINTS=backup.STORE.acted=kill                 the process that reaches it
+    ODB_FAILPOINTS=fs.backup.begun=kill-parent             the daemon, from within its driver
     ODB_FAILPOINTS=fs.backup.begun=kill-both
-    ODB_FAILPOINTS=backup.STORE.begun=wait:/tmp/gate            as long as the file is there; it makes it
-    ODB_FAILPOINTS=backup.STORE.acted@2=kill,*=record:/tmp/log  the second time only; write down every name
+    ODB_FAILPOINTS=backup.STORE.begun=wait:/tmp/gate       as long as the file is there; it makes it
+    ODB_FAILPOINTS=a.b=kill,*=record:/tmp/log              several; `*`: every one, to write them down
+    ODB_FAILPOINTS=@/tmp/armed                             what this file holds when one is reached
 
 Of each step of an operation there are, in this order:
 
@@ -23,7 +24,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,18 +42,17 @@ def _parse(text: str) -> dict[str, str]:
     return armed
 
 
-_ARMED: Mapping[str, str] = _parse(os.environ.get(VARIABLE, ""))
-_reached: Counter[str] = Counter()
+_SET = os.environ.get(VARIABLE, "")
+_ARMED: Mapping[str, str] = {} if _SET.startswith("@") else _parse(_SET)
 
 
 def reach(name: str) -> None:
     """Do what is armed for `name`, if anything is."""
-    if not _ARMED:
+    if not _SET:
         return
-    _reached[name] += 1
-    for key in ("*", name, f"{name}@{_reached[name]}"):
-        if key in _ARMED:
-            _act(name, *_ARMED[key].partition(":")[::2])
+    armed = _parse(Path(_SET[1:]).read_text().strip()) if _SET.startswith("@") else _ARMED
+    for key in {"*", name} & armed.keys():
+        _act(name, *armed[key].partition(":")[::2])
 
 
 def _act(name: str, action: str, argument: str) -> None:

@@ -28,14 +28,20 @@ def reach(armed: str, *names: str) -> subprocess.CompletedProcess[str]:
 def test_a_process_dies_where_it_was_told_to() -> None:
     assert reach("two=kill", "one", "two").returncode == -signal.SIGKILL
     assert reach("two=kill", "one", "three").stdout == "on\n"
-    assert reach("one@2=kill", "one", "two").stdout == "on\n"
-    assert reach("one@2=kill", "one", "one").returncode == -signal.SIGKILL
 
 
 def test_all_names_are_recorded(tmp_path: Path) -> None:
     log = tmp_path / "log"
     reach(f"*=record:{log}", "one", "two", "one")
     assert log.read_text().split() == ["one", "two", "one"]
+
+
+def test_a_file_says_what_is_armed_now(tmp_path: Path) -> None:
+    armed = tmp_path / "armed"
+    armed.write_text("one=kill\n")
+    assert reach(f"@{armed}", "one").returncode == -signal.SIGKILL
+    armed.write_text("")
+    assert reach(f"@{armed}", "one").stdout == "on\n"
 
 
 def test_a_wrong_entry_is_an_error() -> None:
