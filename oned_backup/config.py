@@ -8,7 +8,8 @@ A variable `ODB_<KEY>` wins over the file, `ODB_<TABLE>__<KEY>` for the keys of
 a table (`ODB_WORKERS=8`, `ODB_RETRY__FOR_S=60`). An unknown key in the file is an
 error, not a silent default. `oned-backup config show` shows all keys.
 
-    state_dir   the catalogue and the journal (SQLite), the key, work/ (private to each operation)
+    state_dir   the catalogue and the journal (SQLite), the key, work/ (private to each operation),
+                ssh/ (client configuration, accepted host keys)
     run_dir     0711: api/ (0700) with daemon.sock, nbd/ (0711) for QEMU's sockets, op-<id>.lock
 """
 
@@ -68,6 +69,32 @@ class Retry(BaseModel):
     longest_wait_s: float = Field(default=120, gt=0)
 
 
+class Ssh(BaseModel):
+    """How other machines are reached; `<state_dir>/ssh/config` is made of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: the private key; '' = those that ssh tries by itself
+    identity_file: Path | None = None
+    #: a file in the syntax of ssh_config, for what is special about a host; it wins
+    include: Path | None = None
+    connect_timeout_s: int = Field(default=10, ge=1, le=120)
+    #: a link that is dead for three times this is given up
+    keepalive_s: int = Field(default=5, ge=1, le=300)
+
+    @field_validator("identity_file", "include", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("identity_file", "include")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_absolute():
+            raise ValueError("a path must be absolute")
+        return path
+
+
 class Settings(BaseSettings):
     """The effective settings."""
 
@@ -91,6 +118,7 @@ class Settings(BaseSettings):
     stop_s: float = Field(default=10, ge=0)
     deadlines: Deadlines = Deadlines()
     retry: Retry = Retry()
+    ssh: Ssh = Ssh()
 
     file: ClassVar[Path | None] = None
 
@@ -131,6 +159,11 @@ class Settings(BaseSettings):
     def nbd_dir(self) -> Path:
         """Holds a directory of sockets for each running backup."""
         return self.run_dir / "nbd"
+
+    @property
+    def ssh_config(self) -> Path:
+        """OpenSSH's client configuration, for all that speaks SSH."""
+        return self.state_dir / "ssh" / "config"
 
     @property
     def all_driver_dirs(self) -> tuple[Path, ...]:

@@ -21,6 +21,7 @@ from oned_backup.errors import OnedBackupError
 from oned_backup.model.host import new_host
 from oned_backup.runner.drivers import find_driver, find_drivers
 from oned_backup.runner.run import Invocation, Limits, run_action
+from oned_backup.ssh.command import CONFIG_VARIABLE
 
 #: incremental backups of running VMs through libvirt's public interface
 LIBVIRT_MINIMUM = (7, 6, 0)
@@ -137,7 +138,9 @@ def check_libvirt(settings: Settings, uri: str) -> Check:
         driver = find_driver(settings.all_driver_dirs, Kind.VMM, "kvm")
         with tempfile.TemporaryDirectory(prefix="oned-backup-") as work:
             limits = Limits(deadline_s=20)
-            answer = run_action(driver, "monitor", request, Invocation(Path(work)), limits=limits)
+            environment = {CONFIG_VARIABLE: str(settings.ssh_config)}
+            invocation = Invocation(Path(work), environment=environment)
+            answer = run_action(driver, "monitor", request, invocation, limits=limits)
     except OnedBackupError as error:
         remedy = "Run: apt-get install libvirt-daemon-system, and start libvirtd; or name another --uri."
         return Check(name, "warn", error.message, error.hint or remedy)

@@ -26,7 +26,13 @@ from oned_backup.operations.engine import run_operation
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
 from oned_backup.operations.recovery import recover
-from oned_backup.operations.services import QUERY_PREFIX, RunAction, Services, make_directories
+from oned_backup.operations.services import (
+    QUERY_PREFIX,
+    RunAction,
+    Services,
+    make_directories,
+    write_ssh_config,
+)
 from oned_backup.runner.run import Cancellation, run_action
 from oned_backup.store import Operation, OperationState, SecretBox, Store
 
@@ -60,6 +66,7 @@ class Service:
         """The service over the settings' directories; `Conflict` if another daemon has them."""
         os.umask(0o077)
         make_directories(settings)
+        write_ssh_config(settings)
         store = Store.open(settings.database)
         try:
             for leftover in settings.work_dir.glob(f"{QUERY_PREFIX}*"):

@@ -28,6 +28,8 @@ from oned_backup.model.vm import Vm
 from oned_backup.runner.ahead import Ahead, start_ahead
 from oned_backup.runner.drivers import Driver, find_driver
 from oned_backup.runner.run import Cancellation, Invocation, Limits, run_action
+from oned_backup.ssh.command import CONFIG_VARIABLE
+from oned_backup.ssh.config_file import config_text, write_config
 from oned_backup.store import SecretBox, Store
 
 #: (done, total) in bytes
@@ -167,6 +169,7 @@ class Caller:
             secrets=opened,
             transfer=self.transfer,
             lock_fd=self.lock_fd,
+            environment={CONFIG_VARIABLE: str(self.services.settings.ssh_config)},
         )
         return self.services.run_action(
             driver,
@@ -248,6 +251,20 @@ def make_directories(settings: Settings) -> None:
             ) from error
         if path.stat().st_uid == os.geteuid():
             path.chmod(mode)
+
+
+def write_ssh_config(settings: Settings) -> None:
+    """Make the client configuration that all drivers use for SSH; accepted host keys stay."""
+    ssh = settings.ssh
+    directory = settings.ssh_config.parent
+    text = config_text(
+        directory,
+        identity_file=ssh.identity_file,
+        include=ssh.include,
+        connect_timeout_s=ssh.connect_timeout_s,
+        keepalive_s=ssh.keepalive_s,
+    )
+    write_config(directory, text)
 
 
 def resolve(store: Store, kind: str, name_or_id: str) -> int:

@@ -6,11 +6,13 @@ it too. It is also stopped when the action is cancelled or its time is up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -46,24 +48,29 @@ def run(
     check: bool = True,
     env: Mapping[str, str] | None = None,
     max_output_bytes: int = MAX_OUTPUT_BYTES,
+    hold_stdin: bool = False,
 ) -> Completed:
     """What the program printed; raises unless it ends with 0 in time (`check=False`: any code).
+
+    `hold_stdin`: its standard input does not end after `stdin`, but when we do, killed or not.
 
     `DriverFailed` for another exit code or too much output, `Unavailable` after
     `timeout_s`, `Misconfigured` if there is no such program.
     """
     name = os.path.basename(argv[0])  # noqa: PTH119 - a name on PATH, not a path
-    with _input(stdin) as source:
+    with _held_input(stdin) if hold_stdin else _input(stdin) as source:
         try:
             process = subprocess.Popen(
                 list(argv), stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
             )
         except FileNotFoundError as error:
             raise Misconfigured(f"{name} is not installed") from error
-    try:
-        stdout, stderr = _collect(process, name, time.monotonic() + timeout_s, timeout_s, max_output_bytes)
-    finally:
-        _stop(process)
+        source.close()
+        try:
+            deadline = time.monotonic() + timeout_s
+            stdout, stderr = _collect(process, name, deadline, timeout_s, max_output_bytes)
+        finally:
+            _stop(process)
     completed = Completed(tuple(argv), process.returncode, stdout, stderr)
     if check and completed.returncode != 0:
         code = completed.returncode
@@ -80,6 +87,27 @@ def _input(data: bytes) -> IO[bytes]:
     file.write(data)
     file.seek(0)
     return file
+
+
+@contextlib.contextmanager
+def _held_input(data: bytes) -> Iterator[IO[bytes]]:
+    """The reading end of a pipe that brings `data` and then stays open until the block ends."""
+    reading, writing = os.pipe()
+    feeder = threading.Thread(target=_feed, args=(writing, data), daemon=True)
+    feeder.start()
+    try:
+        with os.fdopen(reading, "rb") as source:
+            yield source
+    finally:
+        feeder.join()  # the program has ended, so nobody reads: it does not block any more
+        os.close(writing)
+
+
+def _feed(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    with contextlib.suppress(BrokenPipeError):
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
 
 
 def _collect(

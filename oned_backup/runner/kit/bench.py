@@ -25,6 +25,7 @@ from oned_backup.contract.documents import Listing, StoredDisk
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import OnedBackupError
 from oned_backup.model.increments import Increment, IncrementType
+from oned_backup.places import default_state_dir
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
 from oned_backup.runner.kit.called import Called
@@ -32,6 +33,7 @@ from oned_backup.runner.kit.catalogue import Attempt, Chain, Settings, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
 from oned_backup.runner.kit.guest import MIB, Point, exported, make_points, raw_problem
 from oned_backup.runner.process import Cancellation, Ending, Limits, run_process, start_process
+from oned_backup.ssh.command import CONFIG_VARIABLE
 
 _KEPT_STDERR_BYTES = 4 * MIB
 
@@ -279,7 +281,7 @@ class Bench:
             source_dir=source_dir,
             secrets={name: value for name, value in values.items() if name not in given},
             transfer="stream" if self.stream else "staged",
-            environment=environment or {},
+            environment=_ssh_environment() | dict(environment or {}),
         )
         variables = action_environment(self.driver, request, invocation, directory, limits)
         stdin = xmldoc.serialize(request.to_xml()).encode() if stdin is None else stdin
@@ -381,3 +383,9 @@ def _write_repeat(directory: Path, executable: Path, variables: Mapping[str, str
         f'cd "$(mktemp -d)" && exec env -i {shlex.join(words)} {shlex.quote(str(executable))} '
         f"< {shlex.quote(str(directory / 'stdin.xml'))}\n"
     )
+
+
+def _ssh_environment() -> dict[str, str]:
+    """The caller's client configuration for SSH, or the daemon's if it lies where it does by default."""
+    config = os.environ.get(CONFIG_VARIABLE, "") or str(default_state_dir() / "ssh" / "config")
+    return {CONFIG_VARIABLE: config} if Path(config).is_file() else {}

@@ -1,0 +1,113 @@
+"""SSH as drivers use it, against a real sshd."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab import wait_for
+from sshd import Sshd
+
+from oned_backup.errors import DriverFailed, InvalidInput, Misconfigured, PermissionDenied, Unavailable
+from oned_backup.sdk.ssh import remote_run, ssh_argv, wrapper_path
+from oned_backup.ssh.host_keys import accept_host_key, seen_fingerprint
+
+EVIL = "$(id) `id` 'x' \"y\" ; & | > < * ? ~ \\ ! # % é\n-n"
+
+
+@pytest.fixture
+def sshd(tmp_path, monkeypatch):
+    with Sshd(tmp_path / "sshd") as server:
+        monkeypatch.setenv("ODB_SSH_CONFIG", str(server.config))
+        yield server
+
+
+def is_alive(pid_file):
+    return Path(f"/proc/{pid_file.read_text().strip()}").exists()
+
+
+def test_arguments_arrive_as_they_are(sshd):
+    assert remote_run(sshd.target, ["printf", "%s", EVIL]).stdout.decode() == EVIL
+
+
+def test_input_output_and_exit_code(sshd):
+    data = os.urandom(1 << 20)
+    assert remote_run(sshd.target, ["cat"], stdin=data).stdout == data
+    assert remote_run(sshd.target, ["cat"]).stdout == b""
+    assert remote_run(sshd.target, ["false"], check=False).returncode == 1
+    with pytest.raises(DriverFailed, match=r"ls on .*cannot access .* \(exit code 2\)$"):
+        remote_run(sshd.target, ["ls", "/no/such/file"])
+    with pytest.raises(Misconfigured, match="no-such-program is not installed on"):
+        remote_run(sshd.target, ["no-such-program"])
+
+
+def test_it_takes_no_longer_than_allowed(sshd, tmp_path):
+    pid = tmp_path / "pid"
+    with pytest.raises(Unavailable, match="no end after 1 s"):
+        remote_run(sshd.target, ["sh", "-c", f"echo $$ >{pid}; exec sleep 600"], timeout_s=1)
+    wait_for("end of the remote command", lambda: not is_alive(pid), 20)
+
+
+def test_a_killed_driver_leaves_no_remote_command(sshd, tmp_path):
+    pid = tmp_path / "pid"
+    code = "import sys; from oned_backup.sdk.ssh import remote_run; remote_run(sys.argv[1], sys.argv[2:])"
+    command = ["sh", "-c", f"echo $$ >{pid}; exec sleep 600"]
+    driver = subprocess.Popen([sys.executable, "-c", code, sshd.target, *command])
+    wait_for("start of the remote command", lambda: pid.exists() and pid.read_text(), 20)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(10)
+    wait_for("end of the remote command", lambda: not is_alive(pid), 20)
+
+
+def test_an_unknown_host_key_is_named_and_can_be_accepted(sshd):
+    sshd.forget()
+    with pytest.raises(Misconfigured, match="is not known; it shows SHA256:") as caught:
+        remote_run(sshd.target, ["true"])
+    assert f"--accept-host-key {sshd.fingerprint}" in caught.value.hint
+    assert seen_fingerprint(sshd.config, sshd.target) == sshd.fingerprint
+    with pytest.raises(Misconfigured, match="it shows SHA256"):
+        accept_host_key(sshd.config, sshd.target, "SHA256:" + "A" * 43)
+    assert sshd.known_hosts.read_text() == ""
+    accept_host_key(sshd.config, sshd.target, sshd.fingerprint)
+    assert remote_run(sshd.target, ["echo", "in"]).stdout == b"in\n"
+
+
+def test_a_changed_host_key_is_refused_until_it_is_accepted(sshd):
+    before = sshd.fingerprint
+    sshd.stop()
+    sshd.new_host_key()
+    sshd.start()
+    with pytest.raises(Misconfigured, match="has changed") as caught:
+        remote_run(sshd.target, ["true"])
+    assert sshd.fingerprint in caught.value.message
+    accept_host_key(sshd.config, sshd.target, sshd.fingerprint)
+    assert remote_run(sshd.target, ["true"]).returncode == 0
+    assert before != sshd.fingerprint
+    assert len(sshd.known_hosts.read_text().splitlines()) == 1
+
+
+def test_a_refused_login_and_a_host_that_is_away(sshd, tmp_path):
+    (sshd.directory / "id.pub").write_text("")
+    with pytest.raises(PermissionDenied, match="Permission denied"):
+        remote_run(sshd.target, ["true"])
+    sshd.stop()
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="Connection refused"):
+        remote_run(sshd.target, ["true"])
+    assert time.monotonic() - began < 10
+
+
+def test_a_target_is_no_option(sshd):
+    for target in ("-oProxyCommand=id", "root@-x", "a b", "root@host;id", ""):
+        with pytest.raises(InvalidInput):
+            ssh_argv(target, ["true"])
+
+
+def test_the_wrapper_is_ssh_with_our_configuration(sshd):
+    argv = [str(wrapper_path()), sshd.target, "echo", "in"]
+    assert subprocess.run(argv, check=True, capture_output=True).stdout == b"in\n"
