@@ -19,29 +19,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
-from oned_backup.contract.url import parse_url
 from oned_backup.errors import (
-    Conflict,
     DataCorrupt,
     InvalidInput,
     Misconfigured,
     NotFound,
-    Salvaged,
     Unavailable,
 )
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
-from oned_backup.model.manifest import Manifest, dump_manifest
+from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest
 from oned_backup.model.names import checked_name
 from oned_backup.sdk import restore_points
 from oned_backup.sdk.call import Answer, Call
+from oned_backup.sdk.download import wanted_disk, write_disk
 from oned_backup.sdk.entry import Driver
-from oned_backup.sdk.failures import Space
 from oned_backup.sdk.publish import Folder
 from oned_backup.sdk.stored import Manifests, open_layer, read_checked, small_files, verify_backup
+
+if TYPE_CHECKING:
+    from oned_backup.disk.chain import Layer
+    from oned_backup.sdk.flatten import MergedFiles
 
 MARKER = ".oned-backup-store"
 MARKER_TEXT = b"oned-backup store, version 1\n"
@@ -90,27 +90,11 @@ class FolderStore(Driver):
 
     def download(self, call: Call) -> Answer:
         """The disk that URL names, to TARGET or to standard output."""
-        from oned_backup.disk.restore import restore_chain  # noqa: PLC0415 - loads the data engine
-
-        url = parse_url(call.option("URL"))
-        if url.scheme != self.scheme or url.datastore_id != call.datastore_id:
-            raise InvalidInput(f"{url} does not belong to datastore {call.datastore_id}")
-        target = call.option("TARGET", "")
+        url = wanted_disk(call, self.scheme)
         with self.open_vm(call, url.vm_id) as folder, ExitStack() as stack:
             chain = restore_points.url_chain(Manifests(folder), url)
             layers = [open_layer(stack, folder, manifest, url.disk_id) for manifest in chain]
-            if target:
-                call.space = Space(Path(target).parent, sum(layer.path.stat().st_size for layer in layers))
-            restored = restore_chain(
-                layers,
-                Path(target) if target else call.stdout,
-                format=call.option("FORMAT", "raw"),
-                progress=call.progress,
-                salvage=call.option("SALVAGE", "NO").upper() == "YES",
-            )
-        if restored.salvaged:
-            raise _salvaged(call, url.disk_id, restored.salvaged, to_file=bool(target))
-        return {"BYTES": restored.bytes_written} if target else {}
+            return write_disk(call, url, layers)
 
     def verify(self, call: Call) -> Answer:
         """Re-read backups, whole or the share PERCENT of their clusters."""
@@ -213,20 +197,28 @@ def stored_answer(manifest: Manifest) -> Answer:
 def refuse_parents(call: Call, folder: Folder, ids: Sequence[str]) -> None:
     """Raise `Conflict` if a backup in `folder` that stays continues one of `ids`."""
     load = Manifests(folder)
+    found = []
     for name in finished_names(folder):
-        if name in ids:
-            continue
         try:
-            manifest = load(name)
+            found.append(load(name))
         except DataCorrupt as error:
-            call.warn(f"nobody can tell what this backup continues: {error.message}")
-            continue
-        needed = {manifest.parent_id, *(disk.parent_id for disk in manifest.disks)} & set(ids)
-        if needed:
-            raise Conflict(
-                f"backup {min(needed)} cannot be removed: backup {name} continues it",
-                hint="Remove the whole chain, or the newer backups first.",
-            )
+            if name not in ids:
+                call.warn(f"nobody can tell what this backup continues: {error.message}")
+    restore_points.refuse_parents(found, ids)
+
+
+def merged_files(call: Call, folder: Folder) -> MergedFiles:
+    """The files of the merged backup that `increment_flatten` is to make of some in `folder`."""
+    from oned_backup.sdk.flatten import MergedFiles  # noqa: PLC0415 - loads the data engine
+
+    def layer(stack: ExitStack, manifest: Manifest, disk_id: int) -> Layer:
+        return open_layer(stack, folder, manifest, disk_id)
+
+    def small(manifest: Manifest, file: StoredFile) -> bytes:
+        with folder.folder(manifest.id) as stored:
+            return read_checked(stored, file)
+
+    return MergedFiles(call, Manifests(folder), layer, small)
 
 
 def one_line(manifest: Manifest) -> str:
@@ -253,14 +245,3 @@ def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> 
 
     with folder.folder(backup_id) as stored:
         return verify_backup(stored, manifest, percent=percent, advance=advance)
-
-
-def _salvaged(call: Call, disk_id: int, ranges: Sequence[tuple[int, int]], *, to_file: bool) -> Salvaged:
-    """The error that lists what had to be zero-filled: on stderr, and where stdout has no data there too."""
-    listed = ",".join(f"{offset}+{length}" for offset, length in ranges)
-    call.warn(f"disk {disk_id}: zero-filled (offset+length): {listed}")
-    lost = sum(length for _, length in ranges)
-    error = Salvaged(f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero")
-    if to_file:
-        error.answer = {"SALVAGED": listed}
-    return error

@@ -132,8 +132,14 @@ def stored_disks(call: Call, scheme: str, load: Load, backup_id: str) -> tuple[S
 
 
 def url_chain(load: Load, url: DiskUrl) -> tuple[Manifest, ...]:
-    """The backups that `url` names; `NotFound` if the store's manifests say otherwise."""
-    chain = disk_chain(load, url.chain[-1][1], url.disk_id, [backup_id for _, backup_id in url.chain])
+    """The backups that `url` names; `NotFound` if one is absent, or the store's manifests say otherwise.
+
+    A URL of before a merge may name what was removed since: that is no damage.
+    """
+    ids = [backup_id for _, backup_id in url.chain]
+    for backup_id in ids:
+        load(checked_name(backup_id, "backup id"))
+    chain = disk_chain(load, ids[-1], url.disk_id, ids)
     if tuple(link.id for link in chain) != tuple(backup_id for _, backup_id in url.chain):
         known = ",".join(f"{link.increment_id}:{link.id}" for link in chain)
         raise NotFound(

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from oned_backup.errors import Conflict, Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
+from oned_backup.model.manifest import Manifest
 from oned_backup.sdk import Answer, Call, restore_points
 from oned_backup.sdk.folder_store import (
     MARKER,
@@ -18,6 +20,7 @@ from oned_backup.sdk.folder_store import (
     FolderStore,
     finished_name,
     is_store,
+    merged_files,
     partial_name,
     refuse_parents,
     removing_name,
@@ -25,6 +28,9 @@ from oned_backup.sdk.folder_store import (
 )
 from oned_backup.sdk.publish import Folder
 from oned_backup.sdk.stored import Manifests
+
+if TYPE_CHECKING:
+    from oned_backup.sdk.files import BackupFiles
 
 
 class FsDatastore(FolderStore):
@@ -45,31 +51,22 @@ class FsDatastore(FolderStore):
 
     def backup(self, call: Call) -> Answer:
         """Store all files under a temporary name, then publish."""
-        backup_id, vm = finished_name(call.backup.id), str(call.vm_id)
-        partial = partial_name(backup_id)
+        vm = str(call.vm_id)
         with self.open_base(call) as base:
             if not is_store(call, base):
                 with suppress(Conflict):  # another first backup was quicker
                     base.publish_file(MARKER, MARKER_TEXT)
             with base.make_folder(vm, exist_ok=True) as folder:
-                if folder.has(backup_id):  # asked again
-                    folder.sync()
-                    return stored_answer(Manifests(folder)(backup_id))
-                folder.remove(partial)
-                try:
-                    with call.files() as files, folder.make_folder(partial) as target:
-                        call.require_space(call.base_path, files.total_bytes)
-                        for file in files:
-                            if file.name == MANIFEST:
-                                target.publish_file(MANIFEST, b"".join(file.chunks()))
-                            else:
-                                target.write_file(file.name, file.chunks())
-                    folder.rename_folder(partial, backup_id)
-                except BaseException:
-                    with suppress(OSError):  # a store that is gone: backup_cancel cleans up
-                        _remove_unfinished(base, vm, backup_id)
-                    raise
-                return stored_answer(Manifests(folder)(backup_id))
+                return stored_answer(_published(call, base, folder, call.files))
+
+    def increment_flatten(self, call: Call) -> Answer:
+        """Store the merged backup beside those that it replaces, as a backup is stored."""
+        from oned_backup.sdk.flatten import flattened  # noqa: PLC0415 - loads the data engine
+
+        with self.open_base(call) as base:
+            is_store(call, base, known=True)
+            with base.folder(str(call.vm_id)) as folder:
+                return flattened(call, _published(call, base, folder, lambda: merged_files(call, folder)))
 
     def backup_cancel(self, call: Call) -> None:
         """Remove what an unfinished backup left."""
@@ -109,6 +106,30 @@ class FsDatastore(FolderStore):
 
 
 DRIVER = FsDatastore()
+
+
+def _published(call: Call, base: Folder, folder: Folder, open_files: Callable[[], BackupFiles]) -> Manifest:
+    """The manifest of the call's backup, which is stored unless it is there already."""
+    backup_id = finished_name(call.backup.id)
+    partial = partial_name(backup_id)
+    if folder.has(backup_id):  # asked again
+        folder.sync()
+        return Manifests(folder)(backup_id)
+    folder.remove(partial)
+    try:
+        with open_files() as files, folder.make_folder(partial) as target:
+            call.require_space(call.base_path, files.total_bytes)
+            for file in files:
+                if file.name == MANIFEST:
+                    target.publish_file(MANIFEST, b"".join(file.chunks()))
+                else:
+                    target.write_file(file.name, file.chunks())
+        folder.rename_folder(partial, backup_id)
+    except BaseException:
+        with suppress(OSError):  # a store that is gone: backup_cancel cleans up
+            _remove_unfinished(base, str(call.vm_id), backup_id)
+        raise
+    return Manifests(folder)(backup_id)
 
 
 def _remove_unfinished(base: Folder, vm: str, backup_id: str) -> None:
