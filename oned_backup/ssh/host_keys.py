@@ -88,7 +88,7 @@ def _ask(config: Path, target: str, algorithms: str) -> HostKey | None:
     with tempfile.TemporaryDirectory(prefix="oned-backup-") as directory:
         file = Path(directory, "known_hosts")
         options = ["-o", f"UserKnownHostsFile={file}", "-o", "StrictHostKeyChecking=accept-new"]
-        options += ["-o", "PreferredAuthentications=none", "-o", "HashKnownHosts=no"]
+        options += ["-o", "PreferredAuthentications=none", "-o", "LogLevel=INFO"]
         if algorithms:
             options += ["-o", f"HostKeyAlgorithms={algorithms}"]
         argv = ssh_argv(target, options=["-N", *options], config=config)
