@@ -15,8 +15,8 @@ Of each step of an operation there are, in this order:
     <kind>.<step>.ended     the outcome is durable
 
 likewise `<kind>.undo-<step>.begun` and so on, `<kind>.END.acted` and `.ended` around the
-operation's own end, and of each action of a driver `<driver>.<action>.begun` and `.acted`.
-Some drivers have further ones in the middle.
+operation's own end, and of each action of a driver `<driver>.<action>.begun` and `.acted`, with
+further ones in the middle such as `fs.backup.rename.begun`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,20 @@ _SET = os.environ.get(VARIABLE, "")
 _ARMED: Mapping[str, str] = {} if _SET.startswith("@") else _parse(_SET)
 
 
+_prefix = ""
+
+
+def enter(prefix: str) -> None:
+    """Let all names that this process reaches from now on begin with `prefix` and a dot."""
+    global _prefix  # noqa: PLW0603 - a driver's process has one action
+    _prefix = f"{prefix}."
+
+
 def reach(name: str) -> None:
     """Do what is armed for `name`, if anything is."""
     if not _SET:
         return
+    name = _prefix + name
     armed = _parse(Path(_SET[1:]).read_text().strip()) if _SET.startswith("@") else _ARMED
     for key in {"*", name} & armed.keys():
         _act(name, *armed[key].partition(":")[::2])

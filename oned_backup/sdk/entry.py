@@ -107,10 +107,10 @@ def _run(
         spec = environ.get("ODB_SPEC", str(SPEC_VERSION))
         if spec != str(SPEC_VERSION):
             raise Unsupported(f"the daemon speaks version {spec} of the contract, not {SPEC_VERSION}")
-        here = f"{Path(sys.argv[0]).absolute().parent.name}.{action}"
-        failpoints.reach(f"{here}.begun")
+        failpoints.enter(f"{Path(sys.argv[0]).absolute().parent.name}.{action}")
+        failpoints.reach("begun")
         answer = driver.perform(call)
-        failpoints.reach(f"{here}.acted")
+        failpoints.reach("acted")
         if termination.signal:  # the action swallowed it: half-done is not done
             raise Cancelled("ended by a signal")
         termination.disarm()

@@ -70,9 +70,9 @@ def daemon_points(kind: str) -> list[str]:
 def driver_points(kind: str) -> list[str]:
     """All failpoints of the drivers."""
     return [
-        point
+        f"{action}.{point}"
         for action in ACTIONS[kind]
-        for point in (f"{action}.begun", *WITHIN.get(action, ()), f"{action}.acted")
+        for point in ("begun", *WITHIN.get(action, ()), "acted")
     ]
 
 
