@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oned_backup.errors import DriverFailed, Misconfigured
+from oned_backup.errors import DriverFailed, Misconfigured, OnedBackupError
 from oned_backup.sdk.process import MAX_OUTPUT_BYTES, Completed, run
 from oned_backup.ssh.command import FAILED, config_path, failure, ssh_argv, unknown_key, watched, wrapper_path
 from oned_backup.ssh.host_keys import seen_fingerprint
@@ -54,7 +54,7 @@ def remote_run(
     return Completed(tuple(remote_argv), done.returncode, done.stdout, done.stderr)
 
 
-def failed(target: str, stderr: bytes) -> Exception:
+def failed(target: str, stderr: bytes) -> OnedBackupError:
     """The error for an ssh, or a program that uses it, which ended with 255 and these last words."""
     error = failure(target, stderr.decode("utf-8", "replace"))
     if isinstance(error, Misconfigured) and "is not known" in error.message:

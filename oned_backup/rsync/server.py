@@ -1,0 +1,117 @@
+"""What the server is asked to do besides receiving: one fixed script, one connection a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+from oned_backup.errors import Conflict, DriverFailed, OnedBackupError, error_for_exit_code
+from oned_backup.rsync.arguments import Settings
+from oned_backup.rsync.failures import explain_refusal, kind_of_words
+from oned_backup.sdk.ssh import remote_run
+
+#: making the data of a backup durable may take its time
+_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """The file system below BASE_PATH, in bytes."""
+
+    total: int
+    used: int
+    free: int
+
+
+@dataclass
+class Prepared:
+    """What there is of a backup: everything, or the `partial` files, and how large these are."""
+
+    space: Space
+    finished: bool = False
+    partial: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def partial_bytes(self) -> int:
+        """How much of it was sent already."""
+        return sum(self.partial.values())
+
+
+class Server:
+    """The account on the server. `images`: how many backups the daemon knows there."""
+
+    def __init__(self, settings: Settings, *, images: int) -> None:
+        self.settings = settings
+        self._images = str(images)
+
+    def space(self) -> Space:
+        """How full it is; `Unavailable` for a store that is not there."""
+        return _space(self._ask("monitor", self._images))
+
+    def prepare(self, vm: str, backup_id: str) -> Prepared:
+        """Make the folder for a backup that is not finished, and make ready what is in it to be continued."""
+        answers = self._ask("prepare", self._images, vm, backup_id)
+        prepared = Prepared(_space(answers))
+        for key, value in answers:
+            if key == "finished":
+                prepared.finished = True
+            elif key == "file":
+                size, _, name = value.partition(" ")
+                prepared.partial[name] = int(size)
+        return prepared
+
+    def publish(self, vm: str, backup_id: str, manifest: bytes) -> None:
+        """Make the files durable, then the manifest, then the finished name."""
+        self._ask("publish", vm, backup_id, stdin=manifest)
+
+    def cancel(self, vm: str, backup_id: str) -> None:
+        """Remove what an unfinished backup left."""
+        self._ask("cancel", self._images, vm, backup_id)
+
+    def remove(self, vm: str, ids: Sequence[str]) -> None:
+        """Remove backups, in this order; what is absent does no harm."""
+        self._ask("remove", self._images, vm, *ids)
+
+    def _ask(self, verb: str, *arguments: str, stdin: bytes = b"") -> list[tuple[str, str]]:
+        target = self.settings.target
+        argv = ["sh", "-c", _script(), "sh", verb, self.settings.base, *arguments]
+        done = remote_run(target, argv, stdin=stdin, timeout_s=_TIMEOUT_S, check=False)
+        answers = [
+            _split(line.removeprefix("odb "))
+            for line in done.stdout.decode("utf-8", "replace").splitlines()
+            if line.startswith("odb ")
+        ]
+        if not answers:  # not even begun
+            raise explain_refusal(target, done.last_words)
+        if done.returncode != 0:
+            raise _explain(target, done.returncode, done.last_words)
+        return answers
+
+
+@cache
+def _script() -> str:
+    return resources.files("oned_backup.rsync").joinpath("server.sh").read_text()
+
+
+def _space(answers: list[tuple[str, str]]) -> Space:
+    for key, value in answers:
+        if key == "space":
+            return Space(*(int(number) for number in value.split()))
+    raise DriverFailed("the server did not say how full it is")
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, _, value = text.partition(" ")
+    return key, value
+
+
+def _explain(target: str, code: int, words: str) -> OnedBackupError:
+    """The error of the script, or of a program that it ran."""
+    kind = error_for_exit_code(code)
+    if kind is DriverFailed:
+        kind = (
+            kind_of_words(words) or Conflict if code == Conflict.exit_code else kind_of_words(words) or kind
+        )
+    return kind(f"{target}: {words or 'no message'} (exit code {code})")
