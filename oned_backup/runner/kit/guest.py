@@ -65,51 +65,58 @@ class Point:
 
 def make_points(
     directory: Path,
-    disks: Sequence[tuple[int, Sequence[Sequence[str]]]],
+    disks: Sequence[tuple[int, Sequence[Sequence[str] | None]]],
     *,
     restarts: Sequence[tuple[int, int]] = (),
 ) -> tuple[Point, ...]:
     """The points of a guest: for each disk its size and, for each point, the qemu-io commands before it.
 
-    `restarts`: (disk, point) pairs that are FULL inside an increment.
+    None in place of commands: the guest does not have the disk at that point. The command
+    `grow BYTES` makes the disk larger first. `restarts`: (disk, point) pairs that are FULL
+    inside an increment.
     """
     directory.mkdir()
     columns = [
         _make_disk(directory, disk_id, size, steps, {p for d, p in restarts if d == disk_id})
         for disk_id, (size, steps) in enumerate(disks)
     ]
-    return tuple(Point(disks) for disks in zip(*columns, strict=True))
+    rows = zip(*columns, strict=True)
+    return tuple(Point(tuple(disk for disk in disks if disk is not None)) for disks in rows)
 
 
 def _make_disk(
-    directory: Path, disk_id: int, size: int, steps: Sequence[Sequence[str]], fulls: set[int]
-) -> list[Disk]:
+    directory: Path, disk_id: int, size: int, steps: Sequence[Sequence[str] | None], fulls: set[int]
+) -> list[Disk | None]:
     live = directory / f"live.{disk_id}.qcow2"
     _run("qemu-img", "create", "-q", "-f", "qcow2", live, size)
-    made: list[Disk] = []
+    made: list[Disk | None] = []
     for number, commands in enumerate(steps):
+        if commands is None:
+            made.append(None)
+            continue
         stem = f"disk{disk_id}-point{number}"
+        before = made[-1] if made else None
+        size = next((int(c.split()[1]) for c in commands if c.startswith("grow ")), size)
         disk = Disk(
             disk_id,
             size,
-            BackupType.FULL if number == 0 or number in fulls else BackupType.INCREMENT,
+            BackupType.FULL if before is None or number in fulls else BackupType.INCREMENT,
             image=directory / f"{stem}.qcow2",
             bitmap=f"since{number - 1}",
             staged=directory / f"{stem}.staged",
             reference=directory / f"{stem}.raw",
         )
         _write(live, commands)
-        if number > 0:
+        if before is not None:
             _run("qemu-img", "bitmap", "--disable", "-f", "qcow2", live, disk.bitmap)
         shutil.copyfile(live, disk.image)
         if number + 1 < len(steps):
             _run("qemu-img", "bitmap", "--add", "-f", "qcow2", live, f"since{number}")
         _run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk.image, disk.reference)
-        if disk.type is BackupType.FULL:
+        if before is None or disk.type is BackupType.FULL:
             _run("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", disk.image, disk.staged)
         else:
-            before = made[-1].image
-            _run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", before, disk.staged)
+            _run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", before.image, disk.staged)
             _write(disk.staged, commands)
             _run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", disk.staged)
         made.append(disk)
@@ -118,8 +125,12 @@ def _make_disk(
 
 
 def _write(image: Path, commands: Sequence[str]) -> None:
-    if commands:
-        _run("qemu-io", "-f", "qcow2", *(word for command in commands for word in ("-c", command)), image)
+    for command in commands:
+        if command.startswith("grow "):
+            _run("qemu-img", "resize", "-q", "-f", "qcow2", image, command.split()[1])
+    written = [command for command in commands if not command.startswith("grow ")]
+    if written:
+        _run("qemu-io", "-f", "qcow2", *(word for command in written for word in ("-c", command)), image)
 
 
 @contextlib.contextmanager
