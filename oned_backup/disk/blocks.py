@@ -42,9 +42,14 @@ def blocks_size_bytes(file_bytes: int) -> int:
 
 
 class BlockDigests:
-    """Digests of a file that passes by in pieces of any size."""
+    """Digests of a file that passes by in pieces of any size.
 
-    def __init__(self) -> None:
+    It may pass from the multiple of 64 KiB `begin` to its end, which then is
+    such a multiple too, and from offset 0 to `begin` last.
+    """
+
+    def __init__(self, begin: int = 0) -> None:
+        self._before = begin // CLUSTER
         self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115  # closed below
         self._count = 0
         self._partial = xxh3_128()
@@ -73,8 +78,11 @@ class BlockDigests:
         """The content of the `.blocks` file; any number of times."""
         header = _HEADER.pack(MAGIC, VERSION, CLUSTER_BITS, 0, self._count)
         yield header.ljust(HEADER_BYTES, b"\0")
+        after = (self._count - self._before) * DIGEST_BYTES
+        self._spool.seek(after)
+        yield self._spool.read()
         self._spool.seek(0)
-        while piece := self._spool.read(1 << 20):
+        while piece := self._spool.read(min(1 << 20, after - self._spool.tell())):
             yield piece
 
     def close(self) -> None:

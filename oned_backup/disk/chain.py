@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from oned_backup.disk.buffers import Batch, Part, batches
+from oned_backup.disk.buffers import BATCH_BYTES, Batch, Part, batches
 from oned_backup.disk.ordered import OrderedFill
 from oned_backup.disk.qcow2 import Extent, Kind, Qcow2File
 from oned_backup.disk.spans import CLUSTER, Spans
@@ -44,20 +44,22 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Guest bytes `[start, end)` of the merged disk and the layer that has them."""
+    """Guest bytes `[start, end)` of the merged disk and the layer that has them; see `qcow2.Extent`."""
 
     start: int
     end: int
     kind: Kind
     layer: int
     host: int
+    packed: int = 0
 
     def cut(self, start: int, end: int) -> Piece:
         """The part of it within `[start, end)`."""
         if start <= self.start and self.end <= end:
             return self
         begin = max(self.start, start)
-        return Piece(begin, min(self.end, end), self.kind, self.layer, self.host + begin - self.start)
+        host = self.host if self.packed else self.host + begin - self.start
+        return Piece(begin, min(self.end, end), self.kind, self.layer, host, self.packed)
 
 
 class ChainReader:
@@ -138,16 +140,21 @@ class ChainReader:
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the guest's bytes at `offset`; zeros beyond the end of the disk."""
         position = 0  # up to which the view is filled
+        packed: list[Piece] = []
         for piece in self._pieces(offset, offset + len(view)):
             begin, end = piece.start - offset, piece.end - offset
             _clear(view[position:begin])
-            if piece.kind is Kind.BAD:
+            if piece.kind is Kind.PACKED:
+                packed.append(piece)
+            elif piece.kind is Kind.DATA:
+                self._read_piece(piece, view[begin:end])
+            else:
                 _clear(view[begin:end])
                 self._give_up(piece.start, piece.end)
-            else:
-                self._read_piece(piece, view[begin:end])
             position = end
         _clear(view[position:])
+        for group in _together(packed):
+            self._unpack(group, offset, view)
 
     def close(self) -> None:
         """Close all files."""
@@ -188,6 +195,35 @@ class ChainReader:
                     f"(file offset {offset}) cannot be read or do not match their checksum"
                 )
             self._give_up(start, end)
+
+    def _unpack(self, pieces: Sequence[Piece], offset: int, view: memoryview) -> None:
+        """Compressed clusters of one layer that lie close together: read and prove all, then expand each."""
+        layer = pieces[0].layer
+        stored, image = self._stored[layer], self._maps[layer]
+        if image is None:
+            raise RuntimeError("a piece of a layer that has no map")
+        first = pieces[0].host // CLUSTER * CLUSTER
+        data = memoryview(bytearray(-(-(pieces[-1].host + pieces[-1].packed - first) // CLUSTER) * CLUSTER))
+        bad = stored.read_into(first, data)
+        for piece in pieces:
+            place = view[piece.start - offset : piece.end - offset]
+            proved = not any(
+                start < piece.host + piece.packed and piece.host < start + size for start, size in bad
+            )
+            at = piece.host - first
+            found = image.unpack(data[at : at + piece.packed], image.cluster_bytes) if proved else None
+            if found is not None:
+                skip = piece.start % image.cluster_bytes
+                place[:] = memoryview(found)[skip : skip + len(place)]
+                continue
+            if not self._salvage:
+                why = "cannot be expanded" if proved else "cannot be read or do not match their checksum"
+                raise DataCorrupt(
+                    f"{self.layers[layer].name}: guest bytes {piece.start} to {piece.end} "
+                    f"(file offset {piece.host}, compressed) {why}"
+                )
+            _clear(place)
+            self._give_up(piece.start, piece.end)
 
     def _give_up(self, start: int, end: int) -> None:
         with self._lock:
@@ -261,12 +297,29 @@ def _overlay(
             if begin > position:
                 rest.append((position, begin))
             if extent.kind is not Kind.ZERO:
-                pieces.append(Piece(begin, stop, extent.kind, layer, extent.host + begin - extent.start))
+                piece = Piece(extent.start, extent.end, extent.kind, layer, extent.host, extent.packed)
+                pieces.append(piece.cut(begin, stop))
             position = stop
             at += 1
         if position < end:
             rest.append((position, end))
     return rest
+
+
+def _together(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Compressed pieces that one read can serve: of one layer, ascending, within the size of a buffer."""
+    group: list[Piece] = []
+    for piece in pieces:
+        if group and not (
+            piece.layer == group[0].layer
+            and group[-1].host <= piece.host <= group[0].host + BATCH_BYTES
+            and piece.host <= group[-1].host + group[-1].packed + CLUSTER
+        ):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
 
 
 def _below(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:

@@ -19,11 +19,13 @@ class Checksums:
     """BLAKE3 of the whole file and XXH3-128 of each 64 KiB of it.
 
     Feed it in file order, then call `finish`. Both libraries release the GIL.
+    A file whose head is known last is fed from `begin` on, and the head after
+    that; then BLAKE3 is of the bytes in that order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begin: int = 0) -> None:
         self._linear = blake3()
-        self._blocks = BlockDigests()
+        self._blocks = BlockDigests(begin)
         self._queue: queue.Queue[tuple[memoryview, Batch | None] | None] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checksums", daemon=True)

@@ -7,20 +7,16 @@ in one pass or read at any offset, and after the pass its checksums are there.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from types import TracebackType
-from typing import Self
 
-from oned_backup.disk.blocks import blocks_size_bytes
 from oned_backup.disk.checksums import Checksums
+from oned_backup.disk.compressed import CompressedImage
 from oned_backup.disk.layout import Layout
 from oned_backup.disk.nbdsource import NbdSource
+from oned_backup.disk.onepass import OnePass
 from oned_backup.disk.source import Source
 from oned_backup.disk.spans import CLUSTER, Spans
-
-#: metadata clusters that are handed out as one chunk
-_METADATA_GROUP = 16
 
 
 def open_export(socket: str, export: str, *, dirty_bitmap: str = "") -> VirtualImage:
@@ -39,47 +35,15 @@ def open_export(socket: str, export: str, *, dirty_bitmap: str = "") -> VirtualI
         raise
 
 
-class VirtualImage:
-    """A qcow2 file over a source. Close it, or use it as a context manager."""
+class VirtualImage(OnePass):
+    """A qcow2 file over a source."""
 
     def __init__(self, source: Source, data: Spans, zero: Spans, *, checksums: bool = True) -> None:
-        self._source = source
-        self.layout = Layout(source.guest_bytes, data, zero)
-        self._with_checksums = checksums
-        self._checksums: Checksums | None = None
-        self._pass: Generator[memoryview, None, None] | None = None
-        self._complete = False
+        super().__init__(source, Layout(source.guest_bytes, data, zero), checksums=checksums)
 
-    @property
-    def guest_bytes(self) -> int:
-        """Virtual size of the disk."""
-        return self.layout.guest_bytes
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the file."""
-        return self.layout.size_bytes
-
-    @property
-    def data_bytes(self) -> int:
-        """How much of the file is data."""
-        return self.layout.data.total * CLUSTER
-
-    @property
-    def blocks_size_bytes(self) -> int:
-        """Size of the `.blocks` file that goes with it."""
-        return blocks_size_bytes(self.size_bytes)
-
-    def chunks(self) -> Generator[memoryview, None, None]:
-        """The file's bytes in order; each view is valid until the next one is asked for.
-
-        Begins a new pass: `blake3` and `blocks_bytes` are there when it has
-        come to its end.
-        """
-        self._end_pass()
-        self._checksums = Checksums() if self._with_checksums else None
-        self._pass = self._run(self._checksums)
-        return self._pass
+    def compressed(self, level: int) -> CompressedImage:
+        """The same disk in a smaller file, which can be streamed only; the source goes over to it."""
+        return CompressedImage(self._source, self.layout, level, checksums=self._with_checksums)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Bytes at any offset, fewer at the end of the file; not during `chunks`."""
@@ -101,28 +65,6 @@ class VirtualImage:
                 position += count
         return bytes(result)
 
-    @property
-    def blake3(self) -> str:
-        """Hex digest of the whole file, after a complete pass."""
-        return self._finished().blake3
-
-    def blocks_bytes(self) -> Iterator[bytes]:
-        """Content of the `.blocks` file in pieces, after a complete pass."""
-        return self._finished().blocks_bytes()
-
-    def close(self) -> None:
-        """End any pass and let the source go."""
-        self._end_pass()
-        self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _run(self, checksums: Checksums | None) -> Generator[memoryview, None, None]:
         for view in self._metadata():
             if checksums:
@@ -136,24 +78,3 @@ class VirtualImage:
         if checksums:
             checksums.finish()
         self._complete = True
-
-    def _metadata(self) -> Iterator[memoryview]:
-        count = self.layout.metadata_clusters
-        for start in range(0, count, _METADATA_GROUP):
-            group = range(start, min(count, start + _METADATA_GROUP))
-            yield memoryview(b"".join([self.layout.metadata_cluster(index) for index in group]))
-
-    def _finished(self) -> Checksums:
-        if self._checksums is None or not self._complete:
-            raise RuntimeError("checksums are there only after a complete pass over chunks()")
-        return self._checksums
-
-    def _end_pass(self) -> None:
-        self._complete = False
-        if self._pass is not None:
-            # whoever iterates may have left in the middle: its threads end here
-            self._pass.close()
-            self._pass = None
-        if self._checksums is not None:
-            self._checksums.close()
-            self._checksums = None

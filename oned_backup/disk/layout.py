@@ -29,7 +29,12 @@ VERSION = 3
 HEADER = struct.Struct(">IIQIIQIIQQIIQQQQII")
 EXACT_SIZE_EXTENSION = 0x4F444253
 COPIED = 1 << 63
+COMPRESSED = 1 << 62
 ZERO_FLAG = 1
+#: what the length of compressed clusters is counted in
+SECTOR = 512
+#: incompatible feature: the header tells the type of compression, which is not zlib
+COMPRESSION_BIT = 8
 L2_ENTRIES = CLUSTER // 8
 REFCOUNTS = CLUSTER // 2
 #: QEMU opens no longer L1 table (QCOW_MAX_L1_SIZE)
@@ -84,7 +89,8 @@ class Layout:
             return self._refcount_table(index - 1)
         return self._header()
 
-    def _header(self) -> bytes:
+    def _header(self, incompatible: int = 0, more: bytes = b"") -> bytes:
+        """The header with these features, and with `more` fields than everybody knows."""
         header = HEADER.pack(
             MAGIC,
             VERSION,
@@ -99,20 +105,20 @@ class Layout:
             self._refcount_clusters,
             0,  # no internal snapshots
             0,
-            0,  # incompatible features
+            incompatible,
             0,  # compatible features
             0,  # autoclear features
             4,  # refcounts of 2^4 bits
-            HEADER.size,
+            HEADER.size + len(more),
         )
         extension = struct.pack(">IIQ", EXACT_SIZE_EXTENSION, 8, self.guest_bytes)
-        return (header + extension).ljust(CLUSTER, b"\0")
+        return (header + more + extension).ljust(CLUSTER, b"\0")
 
     def _refcount_table(self, index: int) -> bytes:
         first = index * L2_ENTRIES
         count = min(L2_ENTRIES, self._refcount_blocks - first)
         start = (self._blocks_at + first) * CLUSTER
-        return _big_endian(array("Q", range(start, start + count * CLUSTER, CLUSTER)))
+        return big_endian(array("Q", range(start, start + count * CLUSTER, CLUSTER)))
 
     def _refcount_block(self, index: int) -> bytes:
         used = min(REFCOUNTS, self.clusters - index * REFCOUNTS)
@@ -125,7 +131,7 @@ class Layout:
             start = COPIED + (self._l2_at + self._tables.rank(first)) * CLUSTER
             stop = start + (end - first) * CLUSTER
             entries[first - base : end - base] = array("Q", range(start, stop, CLUSTER))
-        return _big_endian(entries)
+        return big_endian(entries)
 
     def _l2_table(self, index: int) -> bytes:
         entries = array("Q", bytes(CLUSTER))
@@ -137,7 +143,7 @@ class Layout:
             start = stop
         for first, end in self.zero.within(base, base + L2_ENTRIES):
             entries[first - base : end - base] = array("Q", [ZERO_FLAG]) * (end - first)
-        return _big_endian(entries)
+        return big_endian(entries)
 
 
 def _refcount_sizes(fixed: int) -> tuple[int, int]:
@@ -151,7 +157,8 @@ def _refcount_sizes(fixed: int) -> tuple[int, int]:
         blocks, table = needed, -(-needed // L2_ENTRIES)
 
 
-def _big_endian(entries: array[int]) -> bytes:
+def big_endian(entries: array[int]) -> bytes:
+    """A cluster of a table: these entries, then zeros."""
     if sys.byteorder == "little":
         entries.byteswap()
     return entries.tobytes().ljust(CLUSTER, b"\0")

@@ -17,12 +17,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from oned_backup.disk.layout import EXACT_SIZE_EXTENSION, HEADER, MAGIC, MAX_L1_BYTES
+from oned_backup.disk.codec import CODECS, DEFLATE, Unpack
+from oned_backup.disk.layout import (
+    COMPRESSED,
+    COMPRESSION_BIT,
+    EXACT_SIZE_EXTENSION,
+    HEADER,
+    MAGIC,
+    MAX_L1_BYTES,
+    SECTOR,
+)
 from oned_backup.disk.stored import StoredFile
 from oned_backup.errors import DataCorrupt, Unsupported
 
 _OFFSET_MASK = 0x00FFFFFFFFFFFE00
-_COMPRESSED = 1 << 62
 _ZERO = 1
 _DIRTY_BIT = 1  # refcounts may be stale: of no interest to a reader
 _CORRUPT_BIT = 2
@@ -39,16 +47,22 @@ class Kind(IntEnum):
     DATA = 1
     ZERO = 2
     BAD = 3  # the table that would tell cannot be proved
+    PACKED = 4  # data, compressed
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Guest bytes `[start, end)`; `host` is where DATA begins in the file."""
+    """Guest bytes `[start, end)`; `host` is where DATA begins in the file.
+
+    PACKED is one cluster or a part of it; `host` is where the `packed` bytes
+    of the whole cluster begin.
+    """
 
     start: int
     end: int
     kind: Kind
     host: int = 0
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Header:
     cluster_bits: int
     l1_offset: int
     l1_entries: int
+    compression: int
 
 
 def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
@@ -76,7 +91,8 @@ def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
         raise Unsupported(f"{what}: names a backing file, which a stored image must not")
     if encryption:
         raise Unsupported(f"{what}: encrypted with method {encryption}")
-    _refuse_features(incompatible, what)
+    compression = data[HEADER.size] if incompatible & COMPRESSION_BIT and length > HEADER.size else DEFLATE
+    _refuse_features(incompatible, compression, what)
     if not 9 <= cluster_bits <= 21:
         raise DataCorrupt(f"{what}: clusters of 2^{cluster_bits} bytes")
     if not _V2_HEADER_BYTES <= length <= min(1 << cluster_bits, _MAX_HEADER_BYTES):
@@ -90,16 +106,18 @@ def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
     exact = _exact_size(data, length)
     if exact is not None and -(-exact // 512) * 512 != size:
         raise DataCorrupt(f"{what}: sizes {exact} and {size} contradict each other")
-    return Header(size if exact is None else exact, cluster_bits, l1_offset, needed)
+    return Header(size if exact is None else exact, cluster_bits, l1_offset, needed, compression)
 
 
-def _refuse_features(incompatible: int, what: str) -> None:
+def _refuse_features(incompatible: int, compression: int, what: str) -> None:
     if incompatible & _CORRUPT_BIT:
         raise DataCorrupt(f"{what}: marked as corrupt by QEMU")
     if incompatible & _DATA_FILE_BIT:
         raise Unsupported(f"{what}: keeps its data in another file")
-    if incompatible & ~_DIRTY_BIT:
-        raise Unsupported(f"{what}: uses qcow2 features {incompatible & ~_DIRTY_BIT:#x}")
+    if unknown := incompatible & ~(_DIRTY_BIT | COMPRESSION_BIT):
+        raise Unsupported(f"{what}: uses qcow2 features {unknown:#x}")
+    if compression not in CODECS:
+        raise Unsupported(f"{what}: compressed by method {compression}")
 
 
 class Qcow2File:
@@ -113,7 +131,9 @@ class Qcow2File:
         if stored.read_into(0, start):
             raise DataCorrupt(f"{what}: the header does not match its checksum")
         self.header = parse_header(bytes(start), stored.size_bytes, what)
-        self._cluster = 1 << self.header.cluster_bits
+        #: how to read what is PACKED
+        self.unpack: Unpack = CODECS[self.header.compression]
+        self.cluster_bytes = self._cluster = 1 << self.header.cluster_bits
         self._table_bytes = self._cluster * (self._cluster // 8)
         self._l1, self._l1_bad = self._read_l1()
         self._loaded: tuple[int, bytes, array[int]] | None = None
@@ -158,18 +178,20 @@ class Qcow2File:
                 while position < stop and entries[position] == following:
                     following += cluster
                     position += 1
-            else:
+            elif kind is None:
                 continue
             begin, end = max(low, base + first * cluster), min(high, base + position * cluster)
-            if kind is Kind.ZERO:
+            if kind is Kind.PACKED:
+                yield self._packed(begin, end, entry)
+            elif kind is Kind.ZERO:
                 yield Extent(begin, end, kind)
             else:
                 host = (entry & _OFFSET_MASK) + begin - (base + first * cluster)
                 yield from self._within_file(Extent(begin, end, kind, host))
 
     def _kind(self, entry: int, guest: int) -> Kind | None:
-        if entry & _COMPRESSED:
-            raise Unsupported(f"{self._what}: compressed cluster at guest byte {guest}")
+        if entry & COMPRESSED:
+            return Kind.PACKED
         if entry & _ZERO:
             return Kind.ZERO
         if not entry & _OFFSET_MASK:
@@ -178,18 +200,35 @@ class Qcow2File:
             raise DataCorrupt(f"{self._what}: unaligned cluster for guest byte {guest}")
         return Kind.DATA
 
-    def _within_file(self, extent: Extent) -> Iterator[Extent]:
+    def _packed(self, start: int, end: int, entry: int) -> Extent:
+        bits = 62 - (self.header.cluster_bits - 8)
+        host = entry & ((1 << bits) - 1)
+        sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1
+        packed = sectors * SECTOR - host % SECTOR
+        if self._cluster <= host <= self._limit() - packed:
+            return Extent(start, end, Kind.PACKED, host, packed)
+        if not self._lenient:
+            raise self._beyond(start, end, host)
+        return Extent(start, end, Kind.BAD)
+
+    def _limit(self) -> int:
         # QEMU may leave a file short within its last cluster: the rest reads as zero
-        limit = -(-self._stored.size_bytes // self._cluster) * self._cluster
+        return -(-self._stored.size_bytes // self._cluster) * self._cluster
+
+    def _beyond(self, start: int, end: int, host: int) -> DataCorrupt:
+        return DataCorrupt(
+            f"{self._what}: guest bytes {start} to {end} lie at {host} "
+            f"in a file of {self._stored.size_bytes} bytes"
+        )
+
+    def _within_file(self, extent: Extent) -> Iterator[Extent]:
+        limit = self._limit()
         length = extent.end - extent.start
         if self._cluster <= extent.host <= limit - length:
             yield extent
             return
         if not self._lenient:
-            raise DataCorrupt(
-                f"{self._what}: guest bytes {extent.start} to {extent.end} lie at {extent.host} "
-                f"in a file of {self._stored.size_bytes} bytes"
-            )
+            raise self._beyond(extent.start, extent.end, extent.host)
         there = max(0, min(length, limit - extent.host)) if extent.host >= self._cluster else 0
         if there:
             yield Extent(extent.start, extent.start + there, extent.kind, extent.host)

@@ -34,8 +34,13 @@ class Failure:
     text: str
 
 
-def verify_file(path: Path, expected_blake3: str, *, progress: Progress | None = None) -> list[Failure]:
-    """Nothing if the whole file hashes to that hex digest, else one failure. `NotFound` if absent."""
+def verify_file(
+    path: Path, expected_blake3: str, *, hash_from: int = 0, progress: Progress | None = None
+) -> list[Failure]:
+    """Nothing if the whole file hashes to that hex digest, else one failure. `NotFound` if absent.
+
+    The digest is of the bytes from `hash_from` to the end, then from 0 on.
+    """
     fd = open_stored(path)
     done = size = 0
     try:
@@ -43,11 +48,14 @@ def verify_file(path: Path, expected_blake3: str, *, progress: Progress | None =
         _forget_cached(fd)
         digest = blake3(max_threads=blake3.AUTO)
         buffer = memoryview(bytearray(2 * BATCH_BYTES))
-        while count := os.preadv(fd, [buffer], done):
-            digest.update(buffer[:count])
-            done += count
-            if progress is not None:
-                progress(done, size)
+        for first, end in ((hash_from, size), (0, min(hash_from, size))):
+            position = first
+            while position < end and (count := os.preadv(fd, [buffer[: end - position]], position)):
+                digest.update(buffer[:count])
+                position += count
+                done += count
+                if progress is not None:
+                    progress(done, size)
     except OSError as error:
         return [Failure(str(path), done, size - done, f"{path}: read error at {done}: {error.strerror}")]
     finally:
