@@ -68,7 +68,16 @@ def _view(driver: Any) -> dict[str, Any]:
 def check(
     folder: Annotated[Path, typer.Argument(help="The driver's folder.")],
     values: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Parameters of a datastore to use.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]…", help="Parameters of a datastore to use; KEY=@FILE reads a secret."
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="A file that says how to make, block and fill stores (TOML).")
+    ] = None,
+    ssh_config: Annotated[
+        Path | None, typer.Option(help="OpenSSH configuration for the driver (default: the daemon's).")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated.")] = None,
     *,
@@ -76,14 +85,25 @@ def check(
 ) -> None:
     """Run the conformance kit on a driver; exits with 70 if a clause fails."""
     from oned_backup.runner.kit import ClauseResult, Status, check_driver  # noqa: PLC0415 - loads slowly
+    from oned_backup.runner.kit.settings import read_secret  # noqa: PLC0415
 
     def tell(result: ClauseResult) -> None:
         if not json:
             detail = f": {result.detail}" if result.detail and result.status is not Status.PASSED else ""
             output.say(f"{result.status.value:<8} {result.clause_id:<6} {result.title}{detail}")
 
-    parameters = key_values(values) if values else None
-    report = check_driver(folder, parameters=parameters, only=only, on_result=tell)
+    parameters = {
+        name: read_secret(Path(value[1:])) if value.startswith("@") else value
+        for name, value in key_values(values or []).items()
+    }
+    report = check_driver(
+        folder,
+        parameters=parameters,
+        store_file=store,
+        ssh_config=ssh_config,
+        only=only,
+        on_result=tell,
+    )
     if json:
         output.print_json([vars(result) for result in report.clauses])
     failed = report.having(Status.FAILED)

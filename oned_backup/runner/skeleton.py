@@ -103,6 +103,10 @@ def new_driver(directory: Path, name: str, kind: Kind, *, shell: bool = False) -
         folder.mkdir(parents=True, mode=0o755)
     except FileExistsError as error:
         raise Conflict(f"{folder} exists already") from error
+    except OSError as error:
+        raise InvalidInput(
+            f"{folder} cannot be made: {error.strerror}", hint="Choose another --directory."
+        ) from error
     actions = [action for action in actions_of(kind) if action.mandatory or action.name in _FIRST]
     (folder / "driver.toml").write_text(_manifest(name, kind, shell=shell))
     if shell:

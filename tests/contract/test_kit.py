@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plain_driver import build_plain, failures
 
 from oned_backup.errors import InvalidInput
 from oned_backup.runner.kit import CLAUSES, Report, Status
@@ -17,30 +17,7 @@ from oned_backup.runner.kit.guest import KIB, MIB, make_points, raw_problem
 
 HERE = Path(__file__).parent
 BROKEN = sorted(path.name for path in (HERE / "broken").iterdir() if (path / "driver.py").exists())
-ACTIONS = (
-    "backup", "backup_cancel", "ls", "stat", "restore", "download", "verify", "rm", "monitor",
-)  # fmt: skip
-ACTION = "#!/usr/bin/env python3\nfrom driver import DRIVER\n\nDRIVER.main()\n"
 DRIVERS = HERE.parents[1] / "drivers"
-
-
-def build_plain(directory: Path, broken: str = "") -> Path:
-    """A driver folder in `directory`; `broken` is a folder's name below broken/.
-
-    Files there take the place of the plain driver's; an empty file `absent.NAME` removes one.
-    """
-    folder = directory / "plain"
-    shutil.copytree(HERE / "plain", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for action in ACTIONS:
-        (folder / action).write_text(ACTION)
-        (folder / action).chmod(0o755)
-    if broken:
-        for path in (HERE / "broken" / broken).glob("*.*"):
-            if path.name.startswith("absent."):
-                (folder / path.suffix[1:]).unlink()
-            else:
-                shutil.copyfile(path, folder / path.name)
-    return folder
 
 
 def broken_clause(broken: str) -> tuple[str, str]:
@@ -51,10 +28,6 @@ def broken_clause(broken: str) -> tuple[str, str]:
 
 
 Judge = Callable[..., Report]
-
-
-def failures(report: Report) -> str:
-    return "\n".join(f"{clause.title}\n  {clause.detail}" for clause in report.having(Status.FAILED))
 
 
 @pytest.mark.timeout(900)

@@ -107,3 +107,8 @@ def assert_passes(judge: Judge, folder: Path) -> None:
     toml.write_text(toml.read_text().replace("TODO: what it is, in a few words", "a directory"))
     report = judge(folder)
     assert report.passed, "\n".join(clause.detail for clause in report.having(Status.FAILED))
+
+
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(InvalidInput, match="/proc/x/shelf cannot be made: No such file"):
+        new_driver(Path("/proc/x"), "shelf", Kind.DATASTORE)

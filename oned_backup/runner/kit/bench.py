@@ -29,11 +29,13 @@ from oned_backup.places import default_state_dir
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
 from oned_backup.runner.kit.called import Called
-from oned_backup.runner.kit.catalogue import Attempt, Chain, Settings, Store
+from oned_backup.runner.kit.catalogue import Attempt, Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
 from oned_backup.runner.kit.guest import MIB, Point, exported, make_points, raw_problem
+from oned_backup.runner.kit.settings import Settings
 from oned_backup.runner.process import Cancellation, Ending, Limits, run_process, start_process
 from oned_backup.ssh.command import CONFIG_VARIABLE
+from oned_backup.ssh.config_file import config_text, write_config
 
 _KEPT_STDERR_BYTES = 4 * MIB
 
@@ -48,6 +50,8 @@ class Bench:
         self.stream = "stream" in driver.manifest.features
         self.leaks: list[Called] = []
         self.chains: list[Chain] = []
+        self.made_stores: list[Store] = []
+        self.ssh_environment = _ssh_environment(root / "ssh", settings.ssh_config)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         known = driver.manifest.parameters.values()
@@ -62,6 +66,9 @@ class Bench:
     def new_store(self) -> Store:
         """An empty store of the kit's own; the one given by BASE_PATH if there is one."""
         given = {name: value for name, value in self.settings.parameters.items() if name not in self.secrets}
+        if self.settings.makes_stores():
+            self.made_stores.append(self.settings.new_store(f"kit-{secrets.token_hex(4)}", given))
+            return self.made_stores[-1]
         if "BASE_PATH" in given or "BASE_PATH" not in self.driver.manifest.parameters:
             return self._given_store
         path = self.root / "stores" / str(next(self._numbers)) / "store"
@@ -103,6 +110,60 @@ class Bench:
     def tiny(self) -> Point:
         """A guest with one disk of 1 MiB."""
         return make_points(self.root / "tiny", [(MIB, [["write -P 5 64k 128k"]])])[0]
+
+    @cached_property
+    def large(self) -> Point:
+        """A guest with one disk of 24 MiB that no store can make smaller."""
+        noise = self.root / "noise"
+        noise.write_bytes(secrets.token_bytes(24 * MIB))
+        point = make_points(self.root / "large", [(24 * MIB, [[f"write -s {noise} 0 24M"]])])[0]
+        noise.unlink()
+        return point
+
+    @cached_property
+    def changing(self) -> tuple[Point, ...]:
+        """Four points of a guest whose disks also grow, come, go and are FULL inside an increment.
+
+        Zeros written in increments hide what lies beneath; one disk grows beyond a cluster that it
+        only had a part of.
+        """
+        size = 16 * MIB + 3 * 512
+        main: tuple[list[str], ...] = (
+            ["write -P 17 0 1M", f"write -P 34 {5 * MIB + 1536} 300k", f"write -P 51 {size - 2048} 2048"],
+            ["write -z 64k 128k", "write -P 68 512k 64k", "write -P 85 9M 100k", "discard 5M 64k"],
+            ["write -P 102 70k 4k", f"write -P 119 {size - 512} 512", "write -z 9M 64k"],
+            ["write -P 136 512k 4k", "write -z 0 64k"],
+        )
+        growing: tuple[list[str], ...] = (
+            ["write -P 153 0 1M", "write -P 160 4M 1536"],
+            [],
+            [f"grow {6 * MIB + 1024}", "write -P 170 5M 4k"],
+            ["write -P 171 5000k 1k"],
+        )
+        added = (None, ["write -P 4 0 64k"], ["write -P 5 128k 4k", "write -z 0 64k"], ["write -P 6 64k 4k"])
+        restarted = (
+            ["write -P 187 0 1M"],
+            ["write -P 188 256k 64k"],
+            ["write -z 0 512k", "write -P 189 3M 64k"],
+            ["write -P 190 3M 4k"],
+        )
+        removed = (["write -P 204 0 64k"], ["write -P 205 64k 64k"], None, None)
+        disks = [
+            (size, main),
+            (4 * MIB + 1536, growing),
+            (MIB, added),
+            (4 * MIB, restarted),
+            (MIB, removed),
+        ]
+        return make_points(self.root / "changing", disks, restarts=[(3, 2)])
+
+    @cached_property
+    def changing_chain(self) -> Chain:
+        """A chain with all of `changing`, in a store of its own; whoever merges removes the result."""
+        chain = self.new_chain(self.new_store())
+        for point in self.changing:
+            self.must_backup(chain, point)
+        return chain
 
     @cached_property
     def good_chain(self) -> Chain:
@@ -281,7 +342,7 @@ class Bench:
             source_dir=source_dir,
             secrets={name: value for name, value in values.items() if name not in given},
             transfer="stream" if self.stream else "staged",
-            environment=_ssh_environment() | dict(environment or {}),
+            environment={**self.ssh_environment, **(environment or {})},
         )
         variables = action_environment(self.driver, request, invocation, directory, limits)
         stdin = xmldoc.serialize(request.to_xml()).encode() if stdin is None else stdin
@@ -319,6 +380,9 @@ class Bench:
             if chain.store.own_path is None and chain.increments:
                 with contextlib.suppress(Unmet):
                     self.read("rm", chain)
+        for store in self.made_stores:
+            with contextlib.suppress(NotApplicable):
+                self.settings.run("remove", store)
 
     def _look_for_leaks(self, called: Called) -> None:
         printed = called.stdout + called.stderr
@@ -385,7 +449,12 @@ def _write_repeat(directory: Path, executable: Path, variables: Mapping[str, str
     )
 
 
-def _ssh_environment() -> dict[str, str]:
-    """The caller's client configuration for SSH, or the daemon's if it lies where it does by default."""
+def _ssh_environment(directory: Path, given: Path | None) -> dict[str, str]:
+    """The client configuration for SSH.
+
+    One that includes what was given; else the caller's, or the daemon's if it lies where it does by default.
+    """
+    if given is not None:
+        return {CONFIG_VARIABLE: str(write_config(directory, config_text(directory, include=given)))}
     config = os.environ.get(CONFIG_VARIABLE, "") or str(default_state_dir() / "ssh" / "config")
     return {CONFIG_VARIABLE: config} if Path(config).is_file() else {}

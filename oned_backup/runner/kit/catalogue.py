@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,28 +11,17 @@ from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.runner.kit.guest import VM_XML, Point
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a check was told: parameters for the datastore, and the driver.toml's table [kit].
-
-    [kit]
-    timeout_s = 120                   for one call
-    parameters = { HOST = "localhost" }          where `--set` says nothing
-    unreachable = { HOST = "192.0.2.1" }         with these, the store cannot be reached
-    """
-
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    unreachable: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = 120
-
-
 @dataclass
 class Store:
-    """A datastore: its parameters, and the images that the catalogue knows in it."""
+    """A datastore: its parameters, and the images that the catalogue knows in it.
+
+    `own_path`: the directory with its files, if only the kit uses it. `name`: how commands call
+    it, if it was made by one.
+    """
 
     parameters: dict[str, str]
-    #: the directory that only the kit uses, None where the store is somebody's
     own_path: Path | None
+    name: str = ""
     image_ids: list[int] = field(default_factory=list)
 
 

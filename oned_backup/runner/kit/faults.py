@@ -15,17 +15,22 @@ from oned_backup.contract.documents import RestorePlan, VerifyReport
 from oned_backup.errors import DataCorrupt, NoSpace, NotFound, OnedBackupError, PermissionDenied, Unavailable
 from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
-from oned_backup.runner.kit.catalogue import Chain
+from oned_backup.runner.kit.catalogue import Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
-from oned_backup.runner.kit.guest import MIB, SMALL_FILES, make_points, raw_problem
+from oned_backup.runner.kit.guest import SMALL_FILES, raw_problem
 
 _READING = ("ls", "stat", "restore", "download", "monitor", "verify", "catalogue")
 
 
 @clause("DS-30", "a store that cannot be reached is Unavailable (69), not NotFound")
 def unreachable(bench: Bench) -> None:
-    """BASE_PATH is not there, or the parameters are those of [kit] unreachable in driver.toml."""
+    """By the commands block and unblock, by the parameters `unreachable`, or BASE_PATH is not there."""
     chain = _own_chain(bench)
+    if "block" in bench.settings.commands:
+        with bench.settings.between("block", "unblock", chain.store):
+            _all_unavailable(bench, chain, "a store that cannot be reached")
+        bench.check_restored(chain, 0, bench.points[0])
+        return
     if bench.settings.unreachable:
         elsewhere = replace(chain.store, parameters={**chain.store.parameters, **bench.settings.unreachable})
         chain.store = elsewhere
@@ -54,27 +59,44 @@ def not_mounted(bench: Bench) -> None:
 
 @clause("DS-32", "a full store is NoSpace (73): no debris, and what was there restores")
 def full(bench: Bench) -> None:
-    """A backup of 24 MB into a file system of 12 MB."""
+    """A backup of 24 MB into a file system of 12 MB, or what the command fill leaves."""
     store = bench.new_store()
+    if "fill" in bench.settings.commands:
+        _full_elsewhere(bench, store)
+        return
     if store.own_path is None or os.geteuid() != 0:
         raise NotApplicable("needs root, and a store of the kit's own, to mount a small file system")
-    point = make_points(bench.root / "large", [(24 * MIB, [["write -P 7 0 24M"]])])[0]
-    chain, large = bench.new_chain(store), bench.new_chain(store)
+    chain = bench.new_chain(store)
     with _small_file_system(store.own_path):
         bench.must_backup(chain, bench.tiny)
         bench.own_path(store)
         before = _free_bytes(store.own_path)
-        attempt = bench.plan(large, point)
-        called = bench.backup(attempt)
-        called.require(NoSpace, "the answer of a full store")
-        bench.find(attempt).require(NotFound, "the answer about a backup that did not fit")
-        cancelled = bench.cancel_backup(attempt)
-        if cancelled.exit_code != 0:
-            raise cancelled.unmet(f"after a backup that did not fit: {cancelled.ended_with}")
+        called = _does_not_fit(bench, store)
         lost = before - _free_bytes(store.own_path)
         if lost > 256 * 1024:
             raise called.unmet(f"{lost} bytes of a backup that did not fit are left after backup_cancel")
         bench.check_restored(chain, 0, bench.tiny)
+
+
+def _full_elsewhere(bench: Bench, store: Store) -> None:
+    chain = bench.new_chain(store)
+    bench.must_backup(chain, bench.tiny)
+    with bench.settings.between("fill", "unfill", store):
+        _does_not_fit(bench, store)
+        bench.check_restored(chain, 0, bench.tiny)
+    bench.must_backup(bench.new_chain(store), bench.large)
+
+
+def _does_not_fit(bench: Bench, store: Store) -> Called:
+    """The call of a backup that is larger than what is free."""
+    attempt = bench.plan(bench.new_chain(store), bench.large)
+    called = bench.backup(attempt)
+    called.require(NoSpace, "the answer of a full store")
+    bench.find(attempt).require(NotFound, "the answer about a backup that did not fit")
+    cancelled = bench.cancel_backup(attempt)
+    if cancelled.exit_code != 0:
+        raise cancelled.unmet(f"after a backup that did not fit: {cancelled.ended_with}")
+    return called
 
 
 @clause("DS-33", "damage to any stored file is found by verify, and never restored as if it were good (65)")
