@@ -158,6 +158,8 @@ class _Walk:
         undo = step.undo
         assert undo is not None, step.name  # noqa: S101 - the table leads here only then
         context = self.context
+        if step.name not in self.numbers:  # it comes after an urgent one, and was not begun
+            return Event.OK
         context.step = undo.name
         context.report(undo.name, 0, 0)
         number = self._begin_undo(step, undo)

@@ -3,14 +3,16 @@
 A step writes its intent (all that is needed to undo it, names chosen before)
 into the journal, then has its effect, then writes its outcome. An operation
 goes forward through its steps; when one fails, the undos of all steps that were
-begun run backwards, the failed step's first. A step that *commits* is the point
+begun run backwards, the failed step's first, except that an undo which is *urgent*
+comes before all others: a guest does not wait for a store that hangs. A step that *commits* is the point
 of no return: from then on the operation only goes forward, and a failure
 after it is a warning, because what the operation was for has been reached.
 
     do:PLAN ─ok→ do:PREPARE ─ok→ do:STORE ─ok→ do:RECORD ═ok═> do:CLEAN ─ok→ DONE
        │error        │error         │error        │error           │error → DONE, warning
-       v             v              v             v
-     FAILED <── undo:PREPARE <── undo:STORE <─────┘
+       │             v              v             v
+       v       undo:PREPARE (urgent) <────────────┘
+     FAILED <── undo:STORE, if STORE was begun
 
 The engine walks the table that `transitions` makes; tests walk it too.
 """
@@ -41,6 +43,8 @@ class Undo:
     run: Callable[[Context], None]
     #: when this undo fails, what the earlier steps made is still in use: leave it
     guards: bool = False
+    #: runs before the undos of later steps, which it does not depend on
+    urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,27 +85,35 @@ def undoing(step: Step) -> str:
 
 
 def transitions(steps: tuple[Step, ...]) -> dict[tuple[str, Event], str]:
-    """What follows each state on each event; DONE and FAILED have no followers."""
+    """What follows each state on each event; DONE and FAILED have no followers.
+
+    After an urgent undo the undos of later steps follow, also of those that were not
+    begun: for these there is nothing to do.
+    """
     table = {}
     committed = False
+    order = _undo_order(steps)
     for place, step in enumerate(steps):
         forward = doing(steps[place + 1]) if place + 1 < len(steps) else DONE
-        back = undo_of(steps[:place])
         table[doing(step), Event.OK] = forward
-        if committed:
-            table[doing(step), Event.ERROR] = forward
-        else:
-            table[doing(step), Event.ERROR] = undoing(step) if step.undo else back
-        if step.undo:
-            table[undoing(step), Event.OK] = back
-            table[undoing(step), Event.ERROR] = FAILED if step.undo.guards else back
+        table[doing(step), Event.ERROR] = forward if committed else undo_of(steps[: place + 1])
         committed = committed or step.commits
+    for place, step in enumerate(order):
+        back = undoing(order[place + 1]) if place + 1 < len(order) else FAILED
+        table[undoing(step), Event.OK] = back
+        table[undoing(step), Event.ERROR] = FAILED if step.undo and step.undo.guards else back
     return table
 
 
 def undo_of(begun: tuple[Step, ...]) -> str:
-    """The first state of undoing the steps `begun`, in which none is left in the middle."""
-    return next((undoing(step) for step in reversed(begun) if step.undo), FAILED)
+    """The first state of undoing the steps `begun`."""
+    return next((undoing(step) for step in _undo_order(begun)), FAILED)
+
+
+def _undo_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps that have an undo, in the order in which they are undone."""
+    backwards = [step for step in reversed(steps) if step.undo]
+    return tuple(sorted(backwards, key=lambda step: step.undo is None or not step.undo.urgent))
 
 
 def resume_at(steps: tuple[Step, ...], journal: Sequence[tuple[str, StepState]]) -> str:

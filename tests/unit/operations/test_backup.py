@@ -133,7 +133,7 @@ def test_failure_cleans_up_and_keeps_the_parents_checkpoint(
     assert failed.state is OperationState.FAILED
     assert error_of(failed)["code"] == type(error).__name__
     assert kept(world)[-1] == ("FAILURE", checkpoint(world, first))
-    assert world.drivers.cleaning()[-1] == "post_backup_live"
+    assert world.drivers.cleaning().count("post_backup_live") == 2
     vm = world.services.vm(0)
     assert vm.state_name == "RUNNING"
     assert error.message in vm.error
@@ -143,16 +143,16 @@ def test_failure_cleans_up_and_keeps_the_parents_checkpoint(
     assert world.services.vm(0).error == ""
 
 
-def test_a_failed_store_discards_before_it_cleans(world: World) -> None:
+def test_a_failed_store_cleans_before_it_discards(world: World) -> None:
     world.drivers.script["backup"] = [DriverFailed("broken")]
     failed = world.run("backup", vm_id=0)
-    assert world.drivers.cleaning() == ["backup_cancel", "rm", "post_backup_live"]
+    assert world.drivers.cleaning() == ["post_backup_live", "backup_cancel", "rm"]
     assert world.step_names(failed) == [
         "PLAN DONE",
         "PREPARE UNDONE",
         "STORE UNDONE",
-        "DISCARD DONE",
         "CLEAN DONE",
+        "DISCARD DONE",
     ]
 
 
@@ -312,11 +312,11 @@ def test_a_journal_that_cannot_be_written_does_not_stop_the_cleaning(
     begin_step = journal.begin_step
 
     def full(operation_id: str, name: str, data: dict[str, Any] | None = None) -> int:
-        if name in {"STORE", "DISCARD", "CLEAN"}:
+        if name in {"RECORD", "DISCARD", "CLEAN"}:
             raise NoSpace("database: disk full")
         return begin_step(operation_id, name, data)
 
     monkeypatch.setattr(journal, "begin_step", full)
     failed = world.run("backup", vm_id=0)
     assert error_of(failed)["code"] == "NoSpace"
-    assert world.drivers.cleaning() == ["backup_cancel", "rm", "post_backup_live"]
+    assert world.drivers.cleaning() == ["post_backup_live", "backup_cancel", "rm"]

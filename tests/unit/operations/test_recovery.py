@@ -64,7 +64,7 @@ def test_killed_in_prepare_thaws_aborts_and_cleans(world: World) -> None:
 def test_killed_in_store_discards_too(world: World) -> None:
     killed_in(world, "backup", vm_id=0)
     (ended,) = recover(world.services)
-    assert world.drivers.actions == ["backup_cancel", "rm", "thaw", "abort_backup", "post_backup_live"]
+    assert world.drivers.actions == ["thaw", "abort_backup", "post_backup_live", "backup_cancel", "rm"]
     (clean,) = world.drivers.requests("post_backup")
     assert clean.outcome is Outcome.FAILURE
     assert clean.exports is not None

@@ -67,9 +67,10 @@ def test_nothing_is_undone_once_it_is_recorded() -> None:
             assert not any(state.startswith("undo:") for state, _ in path)
 
 
-def test_a_failed_discard_does_not_keep_clean_from_running() -> None:
+def test_the_guest_is_helped_before_the_store_is_cleaned() -> None:
     table = transitions(BACKUP.steps)
-    assert table["undo:STORE", Event.ERROR] == "undo:PREPARE"
+    assert table["do:STORE", Event.ERROR] == table["do:RECORD", Event.ERROR] == "undo:PREPARE"
+    assert table["undo:PREPARE", Event.ERROR] == table["undo:PREPARE", Event.OK] == "undo:STORE"
 
 
 def test_a_defined_domain_keeps_its_files() -> None:
@@ -87,9 +88,9 @@ def test_a_defined_domain_keeps_its_files() -> None:
         ([("PLAN", "DONE"), ("PREPARE", "INTENT")], "undo:PREPARE"),
         ([("PLAN", "DONE"), ("PREPARE", "FAILED")], "undo:PREPARE"),
         ([("PLAN", "DONE"), ("PREPARE", "UNDONE")], FAILED),
-        ([("PLAN", "DONE"), ("PREPARE", "DONE"), ("STORE", "INTENT")], "undo:STORE"),
-        ([("PLAN", "DONE"), ("PREPARE", "DONE"), ("STORE", "UNDONE")], "undo:PREPARE"),
-        ([("PLAN", "DONE"), ("PREPARE", "DONE"), ("STORE", "DONE"), ("RECORD", "INTENT")], "undo:STORE"),
+        ([("PLAN", "DONE"), ("PREPARE", "DONE"), ("STORE", "INTENT")], "undo:PREPARE"),
+        ([("PLAN", "DONE"), ("PREPARE", "UNDONE"), ("STORE", "INTENT")], "undo:STORE"),
+        ([("PLAN", "DONE"), ("PREPARE", "DONE"), ("STORE", "DONE"), ("RECORD", "INTENT")], "undo:PREPARE"),
         (
             [
                 ("PLAN", "DONE"),
