@@ -35,7 +35,7 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import DEFAULT_URI, Host
 from oned_backup.model.image import Image
 from oned_backup.model.vm import Vm
-from oned_backup.operations import inventory
+from oned_backup.operations import inventory, retention
 from oned_backup.operations.services import query_caller, resolve
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState
@@ -128,6 +128,13 @@ class VerifyBody(_Body):
 
     increment_id: int | None = None
     percent: int | None = Field(default=None, ge=1, le=100)
+
+
+class PinBody(_Body):
+    """Which restore point to keep, or no longer."""
+
+    increment_id: int | None = None
+    pinned: bool = True
 
 
 class DownloadBody(_Body):
@@ -279,6 +286,15 @@ def _add_vms(app: FastAPI, service: Service) -> None:
     def cancel(vm_id: int) -> Any:
         return views.operation_view(service, requests.cancel_backup(service, vm_id))
 
+    @app.get("/v1/vms/{vm_id}/retention")
+    def retention_plan(vm_id: int) -> Any:
+        with services.store.transaction() as tx:
+            return retention.verdicts_view(retention.look(services, tx, vm_id))
+
+    @app.post("/v1/vms/{vm_id}/retention")
+    def retain(vm_id: int) -> Any:
+        return views.operation_view(service, requests.retention(service, vm_id))
+
 
 def _add_datastores(app: FastAPI, service: Service) -> None:
     services = service.services
@@ -342,8 +358,15 @@ def _add_images(app: FastAPI, service: Service) -> None:
         return views.operation_view(service, requests.restore(service, image_id, _given(body)))
 
     @app.delete("/v1/images/{image_id}")
-    def delete(image_id: int, *, force: bool = False) -> Any:
-        return views.operation_view(service, requests.delete(service, image_id, force=force))
+    def delete(image_id: int, *, force: bool = False, increment_id: int | None = None) -> Any:
+        if increment_id is None:
+            return views.operation_view(service, requests.delete(service, image_id, force=force))
+        return views.operation_view(service, requests.delete_increment(service, image_id, increment_id))
+
+    @app.post("/v1/images/{image_id}/pin")
+    def pin(image_id: int, body: PinBody) -> Any:
+        image = requests.pin(service, image_id, body.increment_id, pinned=body.pinned)
+        return views.image_view(services.store, image)
 
     @app.post("/v1/downloads")
     def download(body: DownloadBody) -> Any:

@@ -15,6 +15,7 @@ from oned_backup.model.datastore import Datastore, masked
 from oned_backup.model.host import Host
 from oned_backup.model.image import Image
 from oned_backup.model.manifest import parse_manifest
+from oned_backup.model.pruning import pinned
 from oned_backup.model.selection import select_disks
 from oned_backup.model.views import to_json
 from oned_backup.model.vm import Vm
@@ -151,6 +152,7 @@ def image_view(store: Store, image: Image) -> JSON:
     points = store.backups(image_id=image.id)
     sizes = {entry.source: entry.size_mb for entry in image.increments}
     parents = {entry.source: entry.parent_id for entry in image.increments}
+    held = pinned(image)
     return {
         **image_row(store, image),
         "disk_ids": list(image.disk_ids),
@@ -158,6 +160,7 @@ def image_view(store: Store, image: Image) -> JSON:
             {
                 **point_row(point),
                 "parent_id": parents.get(point.backup_id, -1),
+                "pinned": point.increment_id in held,
                 "size_mb": sizes.get(point.backup_id, image.size_mb),
                 **_manifest_view(point),
             }

@@ -31,6 +31,8 @@ _WORDS = {
     "DEFINE": "defining",
     "READ": "re-reading",
     "REMOVE": "removing",
+    "MERGE": "merging",
+    "SWITCH": "recording",
     "WAIT": "waiting to try again",
 }
 

@@ -17,7 +17,7 @@ import typer
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, Wait, client
 from oned_backup.cli.vm import print_images
-from oned_backup.errors import NoSpace, OnedBackupError
+from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
 
 app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
 
@@ -60,7 +60,7 @@ def show(image: _Id, *, json: Json = False) -> None:
                 output.when(point["date"])[5:16],
                 output.size_mb(point["size_mb"]),
                 _freeze(point.get("freeze") or {}),
-                point["state"],
+                f"{point['state']}, pinned" if point["pinned"] else point["state"],
                 output.when(point["verified_at"])[5:16] or "never",
             )
             for point in found["increments"]
@@ -143,15 +143,57 @@ def delete(
     force: Annotated[
         bool, typer.Option("--force", help="Forget it even if its store cannot remove it.")
     ] = False,
+    increment: Annotated[
+        int | None, typer.Option("--increment", help="Only this one: it is merged into the next one.")
+    ] = None,
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Delete an image with all its restore points."""
+    """Delete an image with all its restore points, or one of its increments."""
     api = client()
+    if increment is not None:
+        if force:
+            raise InvalidInput("--force is for whole images")
+        operation = api.delete(f"images/{image}?increment_id={increment}")
+        follow.conclude(api, operation, wait=wait, as_json=json, show=_show_increment_deleted)
+        return
     operation = api.delete(f"images/{image}{'?force=true' if force else ''}")
     follow.conclude(
         api, operation, wait=wait, as_json=json, show=lambda _ended: output.say(f"image {image} deleted")
     )
+
+
+def _show_increment_deleted(operation: Mapping[str, Any]) -> None:
+    result = operation["result"]
+    if "merged" in result:
+        gone, into = result["merged"][0], result["increment_id"]
+        output.say(
+            f"increment {gone} merged into increment {into} ({output.size_mb(result['size_mb'])})"
+            f" in {follow.elapsed(operation)}"
+        )
+    else:
+        output.say("deleted")
+
+
+@app.command()
+def pin(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
+    """Keep a restore point whatever the retention says."""
+    _pin(image, increment, pinned=True, json=json)
+
+
+@app.command()
+def unpin(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
+    """Leave a restore point to the retention again."""
+    _pin(image, increment, pinned=False, json=json)
+
+
+def _pin(image: int, increment: int | None, *, pinned: bool, json: bool) -> None:
+    found = client().post(f"images/{image}/pin", {"increment_id": increment, "pinned": pinned})
+    if json:
+        output.print_json(found)
+        return
+    held = [str(point["increment_id"]) for point in found["increments"] if point["pinned"]]
+    output.say(f"image {image}: pinned: {', '.join(held) or 'none'}")
 
 
 @app.command()

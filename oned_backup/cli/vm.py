@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oned_backup.cli import follow, output
+from oned_backup.cli.client import Client
 from oned_backup.cli.session import Json, Wait, client, key_values
 
 app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
@@ -170,6 +171,71 @@ def _show_backup(operation: Mapping[str, Any]) -> None:
     output.say(f"  disks: {follow.sizes_text(result['disks'])}")
     for disk in result["excluded"]:
         output.say(f"  not backed up: {disk['target']} ({disk['reason']})")
+
+
+@app.command()
+def retention(
+    ref: _Ref,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would do.")] = False,
+    wait: Wait = True,
+    json: Json = False,
+) -> None:
+    """Let go what no rule keeps, and say of each restore point why it stays or goes.
+
+    The rules: vm set VM KEEP_LAST=n KEEP_DAILY=n KEEP_WEEKLY=n KEEP_MONTHLY=n KEEP_YEARLY=n, in the
+    daemon's local time. `image pin` keeps a single restore point.
+    """
+    api = client()
+    path = f"vms/{api.resolve('vm', ref)}/retention"
+    if dry_run:
+        found = api.get(path)
+        if json:
+            output.print_json(found)
+        else:
+            _print_verdicts(found)
+        return
+    operation = api.post(path)
+    follow.conclude(
+        api, operation, wait=wait, as_json=json, show=lambda done: _print_verdicts(done["result"]["points"])
+    )
+    if wait:
+        queued = api.get(f"operations/{operation['id']}")["result"].get("queued", [])
+        for operation_id in queued:
+            _follow_queued(api, operation_id, json=json)
+
+
+def _follow_queued(api: Client, operation_id: str, *, json: bool) -> None:
+    ended = follow.follow(api, api.get(f"operations/{operation_id}"))
+    if ended["state"] != "DONE":
+        raise follow.failure_of(ended)
+    result = ended["result"]
+    if not json and "merged" in result:
+        merged = ", ".join(map(str, result["merged"][:-1]))
+        output.say(
+            f"image {result['image_id']}: {merged} merged into {result['increment_id']}"
+            f" ({output.size_mb(result['size_mb'])}) in {follow.elapsed(ended)}"
+        )
+
+
+def _print_verdicts(points: list[dict[str, Any]]) -> None:
+    words = {"KEPT": "kept", "GOES": "goes"}
+    output.print_table(
+        ("IMAGE>", "INCR>", "DATE", "SIZE>", "STATE", "WHAT", "WHY"),
+        [
+            (
+                point["image_id"],
+                point["increment_id"],
+                output.when(point["date"])[:16],
+                output.size_mb(point["size_mb"]),
+                "GOOD" if point["good"] else "BROKEN",
+                words.get(point["fate"], f"merged into {point['into']}"),
+                "; ".join(point["reasons"]),
+            )
+            for point in points
+        ],
+        empty="No backups.",
+    )
 
 
 @app.command("backup-cancel")

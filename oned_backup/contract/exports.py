@@ -47,6 +47,7 @@ class Reason(StrEnum):
     FULL_MODE = "full-mode"  # MODE=FULL
     FIRST_BACKUP = "first-backup"  # no parent: new chain
     RESET = "reset"  # new chain on request
+    CHAIN_LENGTH = "chain-length"  # new chain, since the last one is as long as CHAIN_LENGTH says
     NEW_DISK = "new-disk"  # the parent does not have this disk
     DISK_REPLACED = "disk-replaced"  # another image than the parent's under this disk
     BITMAP_MISSING = "bitmap-missing"

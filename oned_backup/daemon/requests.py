@@ -8,8 +8,12 @@ from typing import Any
 from oned_backup.contract.url import parse_url
 from oned_backup.daemon.service import Service
 from oned_backup.errors import Conflict, NotFound
-from oned_backup.model.image import ImageState
+from oned_backup.model.image import Image, ImageState
+from oned_backup.model.pruning import with_pin
 from oned_backup.model.vm import VmState
+from oned_backup.operations.delete import refuse_pinned
+from oned_backup.operations.exclusion import must_wait_for, retention_lock
+from oned_backup.operations.flatten import checked_run
 from oned_backup.operations.kinds import datastore_lock, vm_lock
 from oned_backup.store import Operation, OperationState
 
@@ -76,6 +80,48 @@ def delete(service: Service, image_id: int, *, force: bool = False) -> Operation
     return service.submit("delete", vm_lock(image.vm_id), arguments, vm_id=image.vm_id, image_id=image_id)
 
 
+def delete_increment(service: Service, image_id: int, increment_id: int) -> Operation:
+    """Queue the removal of one increment: it is merged into the next one; the newest is cut off.
+
+    The only increment goes with its image. `Conflict` if it is pinned or damaged (unless it is the newest).
+    """
+    image = service.services.image(image_id)
+    known = [increment.id for increment in image.increments]
+    if known in ([], [increment_id]) and increment_id in {0, *known}:
+        return delete(service, image_id)
+    if increment_id not in known:
+        raise NotFound(
+            f"image {image_id} has no increment {increment_id}", hint=f"It has {', '.join(map(str, known))}."
+        )
+    refuse_pinned(image, [increment_id])
+    vm_id = image.vm_id
+    arguments: dict[str, Any] = {"vm_id": vm_id, "image_id": image_id}
+    if increment_id == known[-1]:
+        arguments["increment_ids"] = [increment_id]
+        return service.submit("cut", vm_lock(vm_id), arguments, vm_id=vm_id, image_id=image_id)
+    run = known[known.index(increment_id) :][:2]
+    checked_run(image, run, {row.backup_id: row for row in service.services.store.backups(image_id=image_id)})
+    arguments["increment_ids"] = run
+    return service.submit("flatten", retention_lock(vm_id), arguments, vm_id=vm_id, image_id=image_id)
+
+
+def retention(service: Service, vm_id: int) -> Operation:
+    """Queue the retention of a VM's restore points."""
+    service.services.vm(vm_id)
+    return service.submit("retention", retention_lock(vm_id), {"vm_id": vm_id}, vm_id=vm_id)
+
+
+def pin(service: Service, image_id: int, increment_id: int | None, *, pinned: bool) -> Image:
+    """Keep a restore point (None: the newest) whatever the retention says, or no longer."""
+
+    def edit(element: Any) -> Any:
+        image = Image(element)
+        newest = image.increments[-1].id if image.increments else 0
+        return with_pin(image, newest if increment_id is None else increment_id, pin=pinned).element
+
+    return Image(service.services.store.change("image", image_id, edit))
+
+
 def verify(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
     """Queue the verification of an image."""
     image = service.services.image(image_id)
@@ -109,7 +155,8 @@ def waits_for(service: Service, operation: Operation) -> Operation | None:
     if operation.state is not OperationState.QUEUED:
         return None
     running = service.services.store.journal.list(state=OperationState.RUNNING)
-    return next((other for other in running if other.lock == operation.lock), None)
+    same_lock = next((other for other in running if other.lock == operation.lock), None)
+    return same_lock or must_wait_for(operation, running)
 
 
 def _backup_of(service: Service, vm_id: int) -> Operation | None:

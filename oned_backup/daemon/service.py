@@ -23,6 +23,7 @@ from oned_backup.daemon.progress import ProgressBoard
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.engine import run_operation
+from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
 from oned_backup.operations.recovery import recover
@@ -57,6 +58,8 @@ class Service:
         self._stopping = False
         self._threads: list[threading.Thread] = []
         self._running: dict[str, Cancellation] = {}
+        #: the operations that run, by id
+        self._claimed: dict[str, Operation] = {}
         self._hosts: Counter[int] = Counter()
         #: errors of operations whose end could not be written, by id
         self._unended: dict[str, str] = {}
@@ -183,6 +186,7 @@ class Service:
             finally:
                 with self._work:
                     self._running.pop(operation.id, None)
+                    self._claimed.pop(operation.id, None)
                     self._hosts[self._host_of(operation)] -= 1
                 self.board.changed(operation.id, ended=True)
                 self._look()
@@ -194,18 +198,24 @@ class Service:
             while not self._stopping:
                 try:
                     self._end_given_up()
-                    operation = journal.claim(self._has_room)
+                    operation = journal.claim(self._may_run)
                 except OnedBackupError:
                     logger.exception("the queue cannot be read")
                     operation = None
                 if operation is not None:
                     self._hosts[self._host_of(operation)] += 1
                     self._running[operation.id] = Cancellation()
+                    self._claimed[operation.id] = operation
                     return operation
                 self._work.wait(_LOOK_S)
         return None
 
-    def _has_room(self, operation: Operation) -> bool:
+    def _may_run(self, operation: Operation) -> bool:
+        if must_wait_for(operation, self._claimed.values()) is not None:
+            return False
+        behind = sum(other.kind in BACKGROUND for other in self._claimed.values())
+        if operation.kind in BACKGROUND and behind >= max(self.settings.workers // 2, 1):
+            return False
         host_id = self._host_of(operation)
         return host_id < 0 or self._hosts[host_id] < self.settings.workers_per_host
 

@@ -42,6 +42,7 @@ from oned_backup.errors import (
     Unavailable,
 )
 from oned_backup.model.datastore import Datastore, disabled
+from oned_backup.model.image import Image
 from oned_backup.model.manifest import dump_manifest, parse_manifest
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.selection import select_disks
@@ -60,6 +61,7 @@ from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain
 from oned_backup.operations.context import Context
 from oned_backup.operations.domains import look_up_domain, refresh_vm
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
+from oned_backup.operations.exclusion import retention_lock
 from oned_backup.operations.services import new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.store import BackupState, OperationState
@@ -105,16 +107,16 @@ def _live_name(action: str, *, live: bool) -> str:
 def _choose_chain(context: Context, vm: Vm) -> ChainPlan:
     """Which chain and datastore; known from the catalogue alone."""
     services = context.services
-    store = services.store
-    images = {image_id: services.image(image_id) for image_id in vm.backup_ids}
-    stores = [Datastore(entry.element) for entry in store.find("datastore")]
-    requested = context.arguments.get("datastore_id")
+    with services.store.transaction() as tx:  # a merge may switch the catalogue meanwhile
+        images = {image_id: Image(tx.get("image", image_id).element) for image_id in vm.backup_ids}
+        stores = [Datastore(entry.element) for entry in tx.find("datastore")]
+        good = {row.backup_id for row in tx.backups(vm_id=vm.id, state=BackupState.GOOD)}
     chain = plan_chain(
         vm.config,
         images,
-        {row.backup_id for row in store.backups(vm_id=vm.id, state=BackupState.GOOD)},
+        good,
         enabled_datastores=[entry.id for entry in stores if entry.is_enabled],
-        requested_datastore=requested,
+        requested_datastore=context.arguments.get("datastore_id"),
         reset=bool(context.arguments.get("reset")),
     )
     if chain.explanation:
@@ -149,7 +151,7 @@ def _decide(context: Context, vm: Vm, chain: ChainPlan, *, live: bool) -> Backup
         increment_id=chain.increment_id,
         date=int(now),
         checkpoint=checkpoint_name(store.installation, backup_id) if tracked else "",
-        old_checkpoint=checkpoint_name(store.installation, parent) if parent else "",
+        old_checkpoint=record.checkpoint_of(store, vm.id, parent),
         full_reason="" if chain.full_reason is None else chain.full_reason.value,
     )
 
@@ -170,7 +172,7 @@ def _check_room(context: Context, vm: Vm, plan: BackupPlan, free_mb: int) -> Non
     if needed_mb > free_mb:
         raise NoSpace(
             f"datastore {datastore.id} ({datastore.name}): about {needed_mb} MB needed, {free_mb} MB free",
-            hint="Delete backups, set KEEP_LAST, or add space.",
+            hint="Delete backups, set KEEP_LAST or another rule of retention, or add space.",
         )
 
 
@@ -206,7 +208,7 @@ def _prepare(context: Context) -> Mapping[str, Any]:
         backup=plan.backup(_chain_id(context, plan)),
         host=context.services.host(vm.host_id).element,
         vm=vm.element,
-        parent=record.parent_exports(context.services.store, plan.parent_id),
+        parent=record.parent_exports(context.services.store, plan.vm_id, plan.parent_id),
         options=_options(context, plan),
     )
     root = document(answer, "EXPORTS")
@@ -345,7 +347,11 @@ def _make_safe(context: Context, plan: BackupPlan) -> None:
     """Thaw the guest and end our backup job; failing here must not keep CLEAN from running."""
     vm = context.services.vm(plan.vm_id)
     host = context.services.host(vm.host_id)
-    options = {"DOMAIN": vm.uuid, "SOCKET_DIR": str(context.services.settings.nbd_dir)}
+    options = {
+        "DOMAIN": vm.uuid,
+        "SOCKET_DIR": str(context.services.settings.nbd_dir),
+        "INSTALLATION": context.services.store.installation,
+    }
     for action in ("thaw", "abort_backup"):
         try:
             context.caller.vmm(action, host, vm=vm.element, options=options, deadline_s=_THAW_S)
@@ -440,15 +446,15 @@ def _ended(context: Context, state: OperationState, error: OnedBackupError | Non
         return vm.element
 
     vm = Vm(services.store.change("vm", vm_id, ended))
-    if state is OperationState.DONE and vm.config.keep_last > 0:
-        services.store.journal.enqueue("retain", f"vm:{vm_id}", {"vm_id": vm_id}, vm_id=vm_id)
+    if state is OperationState.DONE and vm.config.rules:
+        services.store.journal.enqueue("retention", retention_lock(vm_id), {"vm_id": vm_id}, vm_id=vm_id)
 
 
 BACKUP = OperationKind(
     name="backup",
     steps=(
         Step("PLAN", do=_plan),
-        Step("PREPARE", do=_prepare, undo=Undo("CLEAN", _clean_after_failure)),
+        Step("PREPARE", do=_prepare, undo=Undo("CLEAN", _clean_after_failure, urgent=True)),
         Step("STORE", do=_store, undo=Undo("DISCARD", _discard)),
         Step("RECORD", record=record.record_backup, commits=True),
         Step("CLEAN", do=_clean_after_success),

@@ -60,11 +60,16 @@ def plan_chain(
     if fault or active is None:
         return ChainPlan(datastore_id, full_reason=Reason.RESET, explanation=f"new chain: {fault}")
     last = active.increments[-1]
+    if 0 < config.chain_length <= last.id + 1:  # ids are not used again: also those merged meanwhile count
+        return ChainPlan(datastore_id, full_reason=Reason.CHAIN_LENGTH)
     return ChainPlan(datastore_id, active.id, last.source, last.id + 1)
 
 
 def last_good_parent(config: BackupConfig, images: Mapping[int, Image]) -> str:
-    """The backup whose checkpoint must outlive a failed backup, so that the chain can go on; or ''."""
+    """The backup whose checkpoint must outlive a failed backup, so that the chain can go on; or ''.
+
+    The checkpoint's name is in its record: a backup that others were merged into has another id.
+    """
     active = images.get(config.incremental_backup_id) if config.has_chain else None
     return active.increments[-1].source if active is not None and active.increments else ""
 

@@ -15,8 +15,10 @@ from oned_backup.store import BackupState, Transaction
 def broken_with(damaged: Collection[str], manifests: Sequence[Manifest]) -> tuple[str, ...]:
     """The ids of the `damaged` backups and of all that continue one of them, in the chain's order."""
     broken = set(damaged)
+    stands_for = {name: manifest.id for manifest in manifests for name in manifest.stands_for}
     for manifest in manifests:
-        if broken & {disk.parent_id for disk in manifest.disks if disk.parent_id}:
+        parents = {disk.parent_id for disk in manifest.disks if disk.parent_id}
+        if broken & {stands_for.get(name, name) for name in parents}:
             broken.add(manifest.id)
     return tuple(manifest.id for manifest in manifests if manifest.id in broken)
 

@@ -1,48 +1,112 @@
-"""DELETE and RETAIN: (CHOOSE →) MARK → REMOVE → FORGET.
+"""DELETE, CUT and REMOVE: restore points that go.
 
-    CHOOSE   (retain) the images that KEEP_LAST lets go
-    MARK     one transaction: images in state DELETE, their restore points REMOVING,
-             the VM's active chain ended if it is among them
-    REMOVE   the datastore's driver removes the backups; what is absent is removed already
-    FORGET   one transaction: the documents and restore points go
+    delete    an image with all its restore points:
+      CHOOSE    the image is there, and nothing in it is pinned
+      MARK      one transaction: image in state DELETE, its restore points REMOVING,
+                the VM's active chain ended if it is among them
+      REMOVE    the datastore's driver removes the backups; what is absent is removed already
+      FORGET    one transaction: the documents and restore points go
+    cut       the newest increments of a chain:
+      CUT       one transaction: they leave the chain; it is ended if it was the active one, since
+                the checkpoint that it would go on from is that of what went. `remove` is queued
+    remove    what the catalogue does not need any more: images in state DELETE, and backups that
+              were merged or cut off:
+      REMOVE    as above
+      FORGET    as above
 
-From MARK on nothing can be restored from the images, so there is no way back:
-what fails is marked and stays in state DELETE until a further delete succeeds.
-After a restart of the daemon it is queued again. With `force` what the store does not
-remove is forgotten nevertheless, and named in the notes.
+From MARK and CUT on nothing can be restored from what goes, so there is no way back: what
+fails is marked and stays until a further attempt succeeds. After a restart of the daemon it
+is queued again. With `force`, `delete` forgets what the store does not remove, and names it in
+the notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from oned_backup.errors import Cancelled, OnedBackupError
+from oned_backup.errors import Cancelled, Conflict, OnedBackupError
 from oned_backup.model.datastore import Datastore, without_image
 from oned_backup.model.image import Image, ImageState, with_state
-from oned_backup.model.increments import expired_images
-from oned_backup.model.vm import Vm, without_backup
+from oned_backup.model.pruning import pinned, to_remove, with_cut, without_to_remove
+from oned_backup.model.vm import Vm, with_config, without_backup
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.exclusion import removal_lock
+from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
-from oned_backup.store import BackupState, Transaction
+from oned_backup.store import BackupState, Operation, Transaction
 
 
-def _choose_one(context: Context) -> Mapping[str, Any]:
+def refuse_pinned(image: Image, increment_ids: Iterable[int]) -> None:
+    """`Conflict` if one of these increments is pinned."""
+    held = sorted(set(pinned(image)) & set(increment_ids))
+    if held:
+        raise Conflict(
+            f"increment {held[0]} of image {image.id} is pinned",
+            hint=f"Unpin it with `oned-backup image unpin {image.id} --increment {held[0]}`.",
+        )
+
+
+def mark_image(tx: Transaction, image_id: int) -> bool:
+    """Put an image out of use, to be removed; whether it held the VM's active chain."""
+    image = Image(tx.get("image", image_id).element)
+    tx.change("image", image_id, lambda element: with_state(Image(element), ImageState.DELETE).element)
+    for row in tx.backups(image_id=image_id):
+        tx.mark_backup(row.backup_id, state=BackupState.REMOVING)
+    active = Vm(tx.get("vm", image.vm_id).element).config.incremental_backup_id == image_id
+    tx.change("vm", image.vm_id, lambda element: without_backup(Vm(element), image_id).element)
+    return active
+
+
+def cut_off(tx: Transaction, image_id: int, increment_ids: Sequence[int]) -> bool:
+    """Take the newest increments off a chain; whether it was the VM's active one, which ends by it."""
+    image = Image(tx.get("image", image_id).element)
+    refuse_pinned(image, increment_ids)
+    sources = [entry.source for entry in image.increments if entry.id in increment_ids]
+    cut = with_cut(image, increment_ids)
+    tx.change("image", image_id, lambda _old: cut.element)
+    for backup_id in sources:
+        tx.forget_backup(backup_id)
+    vm = Vm(tx.get("vm", image.vm_id).element)
+    active = vm.config.incremental_backup_id == image_id
+    if active:
+        tx.change("vm", vm.id, lambda element: with_config(Vm(element), vm.config.without_chain()).element)
+    return active
+
+
+def queue_removal(tx: Transaction, vm_id: int, image_ids: Sequence[int]) -> Operation:
+    """Queue the removal of what the images of a VM do not need any more."""
+    arguments = {"vm_id": vm_id, "image_ids": list(image_ids)}
+    image_id = image_ids[0] if len(image_ids) == 1 else None
+    return tx.journal.enqueue("remove", removal_lock(vm_id), arguments, vm_id=vm_id, image_id=image_id)
+
+
+def _choose(context: Context) -> Mapping[str, Any]:
     # No backup of the VM runs: it would hold the VM's lock, which is ours.
-    return {"image_ids": [context.services.image(context.integer("image_id")).id]}
+    image = context.services.image(context.integer("image_id"))
+    if image.is_ready:
+        refuse_pinned(image, pinned(image))
+    return {"image_ids": [image.id]}
 
 
-def _choose_expired(context: Context) -> Mapping[str, Any]:
-    services = context.services
-    vm = services.vm(context.integer("vm_id"))
-    images = [services.image(image_id) for image_id in vm.backup_ids]
-    active = vm.config.incremental_backup_id if vm.config.has_chain else -1
-    good = {row.image_id for row in services.store.backups(vm_id=vm.id, state=BackupState.GOOD)}
-    broken = {image.id for image in images} - good
-    expired = expired_images(images, vm.config.keep_last, active, broken)
-    return {"image_ids": [image.id for image in expired], "keep_last": vm.config.keep_last}
+def _mark(context: Context, tx: Transaction) -> Mapping[str, Any]:
+    return {"chains_ended": [image_id for image_id in context.facts["image_ids"] if mark_image(tx, image_id)]}
+
+
+def _cut(context: Context, tx: Transaction) -> Mapping[str, Any]:
+    image_id, increment_ids = context.integer("image_id"), context.arguments["increment_ids"]
+    active = cut_off(tx, image_id, increment_ids)
+    if active:
+        context.note(f"image {image_id} held the active chain: the next backup of its VM is a full one")
+    queued = queue_removal(tx, context.integer("vm_id"), [image_id])
+    return {"image_id": image_id, "cut": list(increment_ids), "remove": queued.id}
+
+
+def _named(context: Context) -> Mapping[str, Any]:
+    """The images that `remove` was asked to look after."""
+    return {"image_ids": list(context.arguments["image_ids"]), "chains_ended": []}
 
 
 def _images(context: Context) -> Iterable[Image]:
@@ -51,17 +115,10 @@ def _images(context: Context) -> Iterable[Image]:
     return (context.services.image(image_id) for image_id in context.facts["image_ids"] if image_id in known)
 
 
-def _mark(context: Context, tx: Transaction) -> Mapping[str, Any]:
-    ended = []
-    for image_id in context.facts["image_ids"]:
-        tx.change("image", image_id, lambda element: with_state(Image(element), ImageState.DELETE).element)
-        image = Image(tx.get("image", image_id).element)
-        for row in tx.backups(image_id=image_id):
-            tx.mark_backup(row.backup_id, state=BackupState.REMOVING)
-        if Vm(tx.get("vm", image.vm_id).element).config.incremental_backup_id == image_id:
-            ended.append(image_id)
-        tx.change("vm", image.vm_id, lambda element: without_backup(Vm(element), image_id).element)  # noqa: B023
-    return {"chains_ended": ended}
+def _going(services: Services, image: Image) -> list[str]:
+    """The ids of all backups of the image that are to go from its store."""
+    rows = services.store.backups(image_id=image.id) if image.state == ImageState.DELETE else []
+    return [*to_remove(image), *(row.backup_id for row in rows)]
 
 
 def _remove(context: Context) -> Mapping[str, Any]:
@@ -70,8 +127,9 @@ def _remove(context: Context) -> Mapping[str, Any]:
     removed = []
     for image in _images(context):
         context.check_cancelled()
-        rows = context.services.store.backups(image_id=image.id)
-        ids = [row.backup_id for row in rows]
+        ids = _going(context.services, image)
+        if not ids:
+            continue
         try:
             stored.call_image(context.services, context.caller, "rm", image, {"BACKUP_IDS": ",".join(ids)})
         except Cancelled:
@@ -81,6 +139,8 @@ def _remove(context: Context) -> Mapping[str, Any]:
                 raise
             context.note(f"forgotten, but left in datastore {image.datastore_id}: {', '.join(ids)}: {error}")
             continue
+        finally:
+            context.services.measured_at.pop(image.datastore_id, None)  # there may be more room now
         removed += ids
     return {"removed": removed}
 
@@ -91,6 +151,10 @@ def _forget(context: Context, tx: Transaction) -> None:
         if image_id not in known:
             continue
         image = Image(tx.get("image", image_id).element)
+        if image.state != ImageState.DELETE:
+            removed = context.facts["removed"]
+            tx.change("image", image_id, lambda old: without_to_remove(Image(old), removed).element)  # noqa: B023
+            continue
         for row in tx.backups(image_id=image_id):
             tx.forget_backup(row.backup_id)
         tx.change(
@@ -102,18 +166,19 @@ def _forget(context: Context, tx: Transaction) -> None:
 
 
 def _result(context: Context) -> Mapping[str, Any]:
-    return {name: context.facts[name] for name in ("image_ids", "removed") if name in context.facts}
+    wanted = ("image_ids", "removed", "image_id", "cut", "remove")
+    return {name: context.facts[name] for name in wanted if name in context.facts}
 
 
-_REMOVAL = (
-    Step("MARK", record=_mark),
-    Step("REMOVE", do=_remove),
-    Step("FORGET", record=_forget, commits=True),
-)
+_REMOVAL = (Step("REMOVE", do=_remove), Step("FORGET", record=_forget, commits=True))
 
 DELETE = OperationKind(
-    name="delete", steps=(Step("CHOOSE", do=_choose_one), *_REMOVAL), result=_result, requeue=True
+    name="delete",
+    steps=(Step("CHOOSE", do=_choose), Step("MARK", record=_mark), *_REMOVAL),
+    result=_result,
+    requeue=True,
 )
-RETAIN = OperationKind(
-    name="retain", steps=(Step("CHOOSE", do=_choose_expired), *_REMOVAL), result=_result, requeue=True
+CUT = OperationKind(name="cut", steps=(Step("CUT", record=_cut, commits=True),), result=_result)
+REMOVE = OperationKind(
+    name="remove", steps=(Step("CHOOSE", do=_named), *_REMOVAL), result=_result, requeue=True
 )

@@ -103,7 +103,7 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
     ids = {
         other.vm_id
         for other in tx.journal.list()
-        if other.kind in {"backup", "delete", "retain"}
+        if other.kind in {"backup", "delete", "cut", "retention", "flatten", "remove"}
         and other.started_at is not None
         and (other.ended_at is None or other.ended_at >= began)
     }

@@ -1,26 +1,29 @@
 """All kinds of operations, and the lock that each takes.
 
-Everything that touches a VM's chains holds the VM's lock, so no chain ever has two
-actions at once, and different VMs run side by side.
+What adds to or reads a VM's chains holds the VM's lock; what merges and removes has locks of its
+own (see `exclusion`). Different VMs run side by side.
 """
 
 from __future__ import annotations
 
 from oned_backup.operations.backup import BACKUP
-from oned_backup.operations.delete import DELETE, RETAIN
+from oned_backup.operations.delete import CUT, DELETE, REMOVE
 from oned_backup.operations.download import DOWNLOAD
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.flatten import FLATTEN
 from oned_backup.operations.import_store import IMPORT
 from oned_backup.operations.restore import RESTORE
+from oned_backup.operations.retention import RETENTION
 from oned_backup.operations.verify import VERIFY
 
 KINDS: dict[str, OperationKind] = {
-    kind.name: kind for kind in (BACKUP, RESTORE, DELETE, RETAIN, VERIFY, DOWNLOAD, IMPORT)
+    kind.name: kind
+    for kind in (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE)
 }
 
 
 def vm_lock(vm_id: int) -> str:
-    """The lock of everything that touches a VM or its chains."""
+    """The lock of what adds to a VM's chains or reads them."""
     return f"vm:{vm_id}"
 
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
-from oned_backup.errors import DriverBug, NotFound
+from oned_backup.errors import DriverBug
 from oned_backup.model import datastore as datastores
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, next_increment
-from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.manifest import Manifest
 from oned_backup.model.vm import Vm, with_backup, with_config
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.context import Context
+from oned_backup.operations.stored import recorded
 from oned_backup.store import Backup, Store, Transaction
 
 
@@ -96,14 +97,16 @@ def _add_image(
     return image_id
 
 
-def parent_exports(store: Store, backup_id: str) -> Exports | None:
-    """The EXPORTS of a finished backup, from its manifest; None for no or an unknown backup."""
-    if not backup_id:
-        return None
-    try:
-        return exports_of_manifest(parse_manifest(store.backup(backup_id).manifest, what=backup_id))
-    except NotFound:
-        return None
+def parent_exports(store: Store, vm_id: int, backup_id: str) -> Exports | None:
+    """The EXPORTS of a finished backup of a VM, from its manifest; None for no or an unknown backup."""
+    found = recorded(store, backup_id, vm_id) if backup_id else None
+    return None if found is None else exports_of_manifest(found)
+
+
+def checkpoint_of(store: Store, vm_id: int, backup_id: str) -> str:
+    """The checkpoint that a backup of a VM left behind, as it is recorded; empty for no backup."""
+    found = recorded(store, backup_id, vm_id) if backup_id else None
+    return "" if found is None else str(found.raw.get("checkpoint") or "")
 
 
 def exports_of_manifest(manifest: Manifest) -> Exports:

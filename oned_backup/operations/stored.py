@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import Listing, RestorePlan
 from oned_backup.contract.result import document
-from oned_backup.errors import Conflict, DriverBug, InvalidInput
+from oned_backup.errors import Conflict, DriverBug, InvalidInput, NotFound
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image
 from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.operations.services import Caller, Services
-from oned_backup.store import BackupState
+from oned_backup.store import BackupState, Store
 
 
 def manifest_of(services: Services, backup_id: str) -> Manifest:
-    """The manifest of a restore point, as the catalogue has it."""
-    return parse_manifest(services.store.backup(backup_id).manifest, what=f"backup {backup_id}")
+    """The manifest of a restore point, as the catalogue has it, or of the one it was merged into."""
+    found = recorded(services.store, backup_id)
+    if found is None:
+        raise NotFound(f"there is no backup {backup_id[:80]}")
+    return found
+
+
+def recorded(store: Store, backup_id: str, vm_id: int | None = None) -> Manifest | None:
+    """The manifest of a backup, or of the one that stands for it since it was merged; None: unknown.
+
+    `vm_id`: the VM that it is one of, if that is known.
+    """
+    with suppress(NotFound):
+        return parse_manifest(store.backup(backup_id).manifest, what=f"backup {backup_id}")
+    rows = store.backups(vm_id=vm_id)
+    manifests = (parse_manifest(row.manifest, what=f"backup {row.backup_id}") for row in rows)
+    return next((found for found in manifests if backup_id in (found.id, *found.stands_for)), None)
 
 
 def sections_for(services: Services, image: Image) -> dict[str, Any]:

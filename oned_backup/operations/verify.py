@@ -81,8 +81,8 @@ def _report(context: Context) -> VerifyReport:
 def _record(context: Context, tx: Transaction) -> Mapping[str, Any]:
     image = Image(tx.get("image", context.integer("image_id")).element)
     failures = {backup.backup_id: backup.failures for backup in _report(context).backups}
-    damaged = [backup_id for backup_id, found in failures.items() if found]
     rows = {row.backup_id: row for row in tx.backups(image_id=image.id)}
+    damaged = [backup_id for backup_id, found in failures.items() if found and backup_id in rows]
     manifests = [parse_manifest(row.manifest) for row in rows.values()]
     now = context.services.clock()
     texts = {
@@ -92,7 +92,7 @@ def _record(context: Context, tx: Transaction) -> Mapping[str, Any]:
     if context.facts["whole"]:
         known_bad = {row.backup_id for row in rows.values() if row.state is not BackupState.GOOD}
         still_bad = set(broken_with(sorted((known_bad - set(failures)) | set(damaged)), manifests))
-        for backup_id in failures.keys() - still_bad:
+        for backup_id in failures.keys() & rows.keys() - still_bad:  # not what was merged meanwhile
             tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
     return {"broken": list(broken), "ends_chain": ends_chain}
 

@@ -164,10 +164,9 @@ class World:
         """Queue an operation, claim it, and run it to its end."""
         journal = self.services.store.journal
         ids = {name: arguments.get(name) for name in ("vm_id", "image_id", "datastore_id")}
-        journal.enqueue(kind, "vm:0", arguments, **ids)
-        operation = journal.claim()
+        queued = journal.enqueue(kind, f"{kind}:0", arguments, **ids)
+        operation = journal.claim(lambda entry: entry.id == queued.id)
         assert operation is not None
-        assert operation.kind == kind
         context = Context(self.services, operation, cancellation=cancellation or Cancellation())
         run_operation(KINDS[kind], context)
         return journal.get(operation.id)

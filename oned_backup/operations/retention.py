@@ -1,0 +1,131 @@
+"""RETENTION of a VM: decide what stays, and queue what is to be done about the rest.
+
+    APPLY    one transaction: images of which nothing is kept are put out of use, ends of chains are
+             cut off, a `flatten` is queued for each run of increments to merge, and `remove` for all that
+             is to go from a store, also what an earlier `remove` could not reach          commits
+
+It is queued by each successful backup of a VM with settings of retention, and on demand. What it would
+do, and why, can be asked for at any time without doing it (`look`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oned_backup.contract.actions import Kind
+from oned_backup.errors import NotFound
+from oned_backup.model.datastore import Datastore
+from oned_backup.model.image import Image, ImageState
+from oned_backup.model.pruning import pinned, to_remove
+from oned_backup.model.retention import Merge, Point, RetentionPlan, Verdict, plan_retention
+from oned_backup.model.vm import Vm
+from oned_backup.operations.context import Context
+from oned_backup.operations.delete import cut_off, mark_image, queue_removal
+from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.exclusion import retention_lock
+from oned_backup.operations.services import Services
+from oned_backup.operations.steps import Step
+from oned_backup.store import Backup, BackupState, Operation, OperationState, Transaction
+
+
+def look(services: Services, tx: Transaction, vm_id: int) -> RetentionPlan:
+    """What retention does with the VM's restore points as they are now."""
+    vm = Vm(tx.get("vm", vm_id).element)
+    points: list[Point] = []
+    unmergeable = set()
+    for image in _images(tx, vm_id):
+        if image.state == ImageState.DELETE:
+            continue
+        points += _points(image, tx.backups(image_id=image.id))
+        if not _can_merge(services, Datastore(tx.get("datastore", image.datastore_id).element)):
+            unmergeable.add(image.id)
+    config = vm.config
+    active = config.incremental_backup_id if config.has_chain else -1
+    return plan_retention(points, config.rules, active_image=active, unmergeable=unmergeable)
+
+
+def verdicts_view(plan: RetentionPlan) -> list[dict[str, Any]]:
+    """What becomes of each restore point and why, as plain values."""
+    return [_view(verdict) for verdict in plan.verdicts]
+
+
+def queue_flatten(tx: Transaction, vm_id: int, merge: Merge) -> Operation:
+    """Queue the merge of a run of increments."""
+    arguments = {"vm_id": vm_id, "image_id": merge.image_id, "increment_ids": list(merge.increment_ids)}
+    return tx.journal.enqueue(
+        "flatten", retention_lock(vm_id), arguments, vm_id=vm_id, image_id=merge.image_id
+    )
+
+
+def _view(verdict: Verdict) -> dict[str, Any]:
+    point = verdict.point
+    return {
+        "image_id": point.image_id,
+        "increment_id": point.increment_id,
+        "date": point.date,
+        "size_mb": point.size_mb,
+        "good": point.good,
+        "pinned": point.pinned,
+        "fate": verdict.fate.value,
+        "into": verdict.into,
+        "reasons": list(verdict.reasons),
+    }
+
+
+def _images(tx: Transaction, vm_id: int) -> list[Image]:
+    return [Image(entry.element) for entry in tx.find("image", vm_id=vm_id)]
+
+
+def _points(image: Image, rows: Sequence[Backup]) -> list[Point]:
+    good = {row.increment_id for row in rows if row.state is BackupState.GOOD and image.is_ready}
+    kept = pinned(image)
+    entries = [(entry.id, entry.date, entry.size_mb) for entry in image.increments]
+    return [
+        Point(image.id, number, date, size_mb, number in good, number in kept)
+        for number, date, size_mb in entries or [(0, image.created, image.size_mb)]
+    ]
+
+
+def _can_merge(services: Services, datastore: Datastore) -> bool:
+    try:
+        return services.driver(Kind.DATASTORE, datastore.ds_mad).supports("increment_flatten")
+    except NotFound:
+        return False
+
+
+def _apply(context: Context, tx: Transaction) -> Mapping[str, Any]:
+    vm_id = context.integer("vm_id")
+    plan = look(context.services, tx, vm_id)
+    for image_id in plan.images:
+        mark_image(tx, image_id)
+    for image_id, increment_ids in plan.cuts:
+        cut_off(tx, image_id, increment_ids)
+    queued = _queue_merges(tx, vm_id, plan)
+    owing = [image.id for image in _images(tx, vm_id) if image.state == ImageState.DELETE or to_remove(image)]
+    if owing:
+        queued.append(queue_removal(tx, vm_id, owing).id)
+    return {"vm_id": vm_id, "points": verdicts_view(plan), "queued": queued}
+
+
+def _queue_merges(tx: Transaction, vm_id: int, plan: RetentionPlan) -> list[str]:
+    """Queue the merges. While one is queued already, only a further look for when it is done."""
+    waiting = [
+        other
+        for other in tx.journal.list(state=OperationState.QUEUED, vm_id=vm_id)
+        if other.kind in {"flatten", "retention"}
+    ]
+    if any(other.kind == "flatten" for other in waiting):
+        if plan.merges and not any(other.kind == "retention" for other in waiting):
+            tx.journal.enqueue("retention", retention_lock(vm_id), {"vm_id": vm_id}, vm_id=vm_id)
+        return [other.id for other in waiting]
+    return [queue_flatten(tx, vm_id, merge).id for merge in plan.merges]
+
+
+def _result(context: Context) -> Mapping[str, Any]:
+    return {name: context.facts[name] for name in ("vm_id", "points", "queued") if name in context.facts}
+
+
+RETENTION = OperationKind(
+    name="retention", steps=(Step("APPLY", record=_apply, commits=True),), result=_result, requeue=True
+)
