@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ from oned_backup.errors import (
     Unavailable,
     Unsupported,
 )
+from oned_backup.ssh.command import failure as ssh_failure
+from oned_backup.ssh.command import wrapper_path
+from oned_backup.ssh.libvirt_uri import LibvirtUri, parse_uri
+
+#: for a libvirt on another machine to answer; ssh itself gives up a dead link before
+_CONNECT_S = 30.0
 
 
 class CheckpointUnusable(DriverFailed):
@@ -71,11 +78,18 @@ def translated(error: libvirt.libvirtError, what: str) -> OnedBackupError:
 
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[Any]:
-    """A connection to the libvirt at `uri`; `Unavailable` or `PermissionDenied` if there is none."""
+    """A connection to the libvirt at `uri`; `Unavailable` or `PermissionDenied` if there is none.
+
+    Another machine is reached by our ssh with our configuration. That ssh notices a dead link, and then
+    every call fails.
+    """
     libvirt.registerErrorHandler(lambda *_: None, None)  # its default prints to stderr
+    place = parse_uri(uri)
     try:
-        connection = libvirt.open(uri)
+        connection = _open_remote(place) if place.is_remote else libvirt.open(uri)
     except libvirt.libvirtError as error:
+        if place.is_remote and "Cannot recv data" in str(error):
+            raise ssh_failure(place.target, str(error).partition("Cannot recv data: ")[2]) from error
         failure = translated(error, f"libvirt at {uri}")
         if isinstance(failure, PermissionDenied | Misconfigured):
             raise failure from error
@@ -85,3 +99,24 @@ def connected(uri: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             connection.close()
+
+
+def _open_remote(place: LibvirtUri) -> Any:
+    """A connection to another machine's libvirt, within a bounded time: libvirt itself sets none."""
+    opened: list[Any] = []
+    failed: list[libvirt.libvirtError] = []
+
+    def connect(uri: str) -> None:
+        try:
+            opened.append(libvirt.open(uri))
+        except libvirt.libvirtError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, args=(place.over(wrapper_path()),), daemon=True)
+    thread.start()
+    thread.join(_CONNECT_S)
+    if opened:
+        return opened[0]
+    if failed:
+        raise failed[0]
+    raise Unavailable(f"libvirt at {place.text}: no answer within {_CONNECT_S:g} s")

@@ -1,6 +1,6 @@
 """A guest that cannot write while a backup begins, and afterwards can, whatever happens.
 
-    with frozen(domain, Mode.AGENT, timeout_s=10, note=directory / NOTE) as window:
+    with frozen(host, domain, Mode.AGENT, timeout_s=10, note=directory / NOTE) as window:
         begin(…)
     window.method, window.milliseconds, window.warning
 
@@ -29,6 +29,7 @@ from oned_backup import failpoints
 from oned_backup.errors import Cancelled, OnedBackupError, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain, State
+from oned_backup.hypervisor.host import Host
 
 #: name of the file that says that we have suspended a guest
 NOTE = "suspended"
@@ -57,11 +58,11 @@ class Window:
 
 @contextlib.contextmanager
 def frozen(
-    domain: Domain, mode: Mode, *, timeout_s: float, note: Path, thaw_later: Callable[[], None]
+    host: Host, domain: Domain, mode: Mode, *, timeout_s: float, note: Path, thaw_later: Callable[[], None]
 ) -> Iterator[Window]:
     """Keep the guest from writing inside the block, as far as `mode` and its agent allow.
 
-    `note` is a file named `suspended` that is there for as long as the guest is suspended
+    `note` is a file on the host, named `suspended`, that is there for as long as the guest is suspended
     by us, so that `resume_if_noted` can help it should we die. `thaw_later` has a thaw repeated
     that the agent has not answered.
     """
@@ -77,7 +78,7 @@ def frozen(
         with _by_agent(domain, window, timeout_s, thaw_later):
             yield window
     else:
-        with _by_suspending(domain, window, timeout_s, note):
+        with _by_suspending(host, domain, window, timeout_s, note):
             yield window
 
 
@@ -90,16 +91,14 @@ def thaw(domain: Domain, *, timeout_s: float) -> int:
         return int(domain.handle.fsThaw())
 
 
-def resume_if_noted(domain: Domain, directory: Path) -> None:
+def resume_if_noted(host: Host, domain: Domain, directory: Path) -> None:
     """Resume a guest that was suspended by one of ours, whose notes lie below `directory`, and that died."""
-    for note in directory.glob(f"*/{NOTE}"):
-        try:
-            is_ours = note.read_text() == domain.uuid
-        except FileNotFoundError:  # another guest's, that goes on already
-            continue
-        if is_ours:
+    for name in host.names(directory):
+        note = directory / name / NOTE
+        # None: there is no note, or the guest goes on already
+        if host.read_file(str(note), max_bytes=64) == domain.uuid.encode():
             _resume(domain)
-            note.unlink(missing_ok=True)
+            host.remove(note)
 
 
 def is_paused_by_io_error(domain: Domain) -> bool:
@@ -153,8 +152,10 @@ def _by_agent(
 
 
 @contextlib.contextmanager
-def _by_suspending(domain: Domain, window: Window, timeout_s: float, note: Path) -> Iterator[None]:
-    note.write_text(domain.uuid)
+def _by_suspending(
+    host: Host, domain: Domain, window: Window, timeout_s: float, note: Path
+) -> Iterator[None]:
+    host.write_file(note, domain.uuid.encode())
     started = time.monotonic()
     try:
         with libvirt_errors(f"suspend domain {domain.name}"):
@@ -164,7 +165,7 @@ def _by_suspending(domain: Domain, window: Window, timeout_s: float, note: Path)
         yield
     finally:
         _resume(domain)
-        note.unlink(missing_ok=True)
+        host.remove(note)
         window.milliseconds = round((time.monotonic() - started) * 1000)
     if window.milliseconds > timeout_s * 1000:
         window.warning = f"the guest stood still for {window.milliseconds} ms, longer than {timeout_s:g} s"

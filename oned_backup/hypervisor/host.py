@@ -1,23 +1,28 @@
 """What has to happen on the machine where QEMU runs: files, programs, processes.
 
 Everything that touches the hypervisor outside of libvirt's API goes through
-this one seam. `LocalHost` is this machine.
+this one seam. `LocalHost` is this machine; `ssh_host.SshHost`, another one, is
+loaded only for a host that is reached by SSH.
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import select
 import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from oned_backup.errors import DriverFailed, Misconfigured, Unavailable
+from oned_backup.ssh.libvirt_uri import parse_uri
 
 _STOP_GRACE_S = 10.0
 
@@ -37,17 +42,103 @@ class Completed:
         return lines[-1] if lines else "no message"
 
 
+class Host(Protocol):
+    """The machine where QEMU runs. `machine`: its name; empty if it is this one."""
+
+    machine: str
+
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60, check: bool = True
+    ) -> Completed:
+        """A program's answer; it does not outlive us."""
+        ...
+
+    def file_id(self, path: str) -> str:
+        """What tells two files of one path apart."""
+        ...
+
+    def read_file(self, path: str, *, max_bytes: int) -> bytes | None:
+        """A small file; None: absent."""
+        ...
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """A file (0600)."""
+        ...
+
+    def read_tree(self, directory: Path, *, max_bytes: int) -> dict[str, bytes] | None:
+        """The regular files beneath a directory; None: absent."""
+        ...
+
+    def write_tree(self, directory: Path, files: Mapping[str, bytes]) -> None:
+        """A new directory with files."""
+        ...
+
+    def make_dir(self, path: Path) -> None:
+        """A directory (0711), if absent."""
+        ...
+
+    def make_private_dir(self, path: Path) -> None:
+        """An empty directory (0700)."""
+        ...
+
+    def lend_dir(self, path: Path, uid: int) -> None:
+        """A new directory (0700) of another user."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """A file or directory that is gone."""
+        ...
+
+    def names(self, directory: Path) -> list[str]:
+        """What is in a directory."""
+        ...
+
+    def free_bytes(self, directory: Path) -> int:
+        """Room."""
+        ...
+
+    def stop_process(self, pid_file: Path) -> None:
+        """The end of the process that locks its pid file."""
+        ...
+
+    def forward(self, remote: Path) -> Path:
+        """Where a socket of the host is reached here."""
+        ...
+
+    def end_forwards(self) -> None:
+        """The end of all that `forward` began."""
+        ...
+
+
+def host_for(uri: str, tunnel_dir: Path) -> Host:
+    """The machine whose libvirt is at `uri`.
+
+    `tunnel_dir`: a directory here, of the operation alone, for the sockets that are forwarded
+    from another machine.
+    """
+    place = parse_uri(uri)
+    if not place.is_remote:
+        return LocalHost()
+    from oned_backup.hypervisor.ssh_host import SshHost  # noqa: PLC0415 - paramiko takes 150 ms to load
+
+    return SshHost(place.target, place.machine, tunnel_dir)
+
+
 class LocalHost:
     """The machine that we run on."""
 
-    def run(self, argv: Sequence[str], *, timeout_s: float = 60, check: bool = True) -> Completed:
+    machine = ""
+
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60, check: bool = True
+    ) -> Completed:
         """What a program answered; `DriverFailed` if it fails (unless `check` is false).
 
         `Unavailable` if it takes longer than `timeout_s`, `Misconfigured` if it is not installed.
         """
         try:
             done = subprocess.run(
-                list(argv), check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout_s
+                list(argv), check=False, capture_output=True, input=stdin, timeout=timeout_s
             )
         except FileNotFoundError as error:
             raise Misconfigured(f"{argv[0]} is not installed") from error
@@ -65,13 +156,50 @@ class LocalHost:
             return "block:"
         return f"{status.st_dev}:{status.st_ino}"
 
-    def read_file(self, path: str, *, max_bytes: int) -> bytes:
-        """The content of a small file; `DriverFailed` if it is larger."""
-        with Path(path).open("rb") as file:
-            data = file.read(max_bytes + 1)
+    def read_file(self, path: str, *, max_bytes: int) -> bytes | None:
+        """The content of a small file, None if it is absent; `DriverFailed` if it is larger."""
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except FileNotFoundError:
+            return None
         if len(data) > max_bytes:
             raise DriverFailed(f"{path} has more than {max_bytes} bytes")
         return data
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """A file (0600) with this content, whatever was there."""
+        path.unlink(missing_ok=True)
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+
+    def read_tree(self, directory: Path, *, max_bytes: int) -> dict[str, bytes] | None:
+        """The regular files beneath a directory, by their relative names; None if it is absent.
+
+        Each is read whole: swtpm replaces its files by rename.
+        """
+        if not directory.is_dir():
+            return None
+        files = {}
+        for path in sorted(directory.rglob("*")):
+            if path.is_file() and not path.is_symlink() and path.name != ".lock":
+                data = self.read_file(str(path), max_bytes=max_bytes)
+                if data is not None:
+                    files[str(path.relative_to(directory))] = data
+        return files
+
+    def write_tree(self, directory: Path, files: Mapping[str, bytes]) -> None:
+        """A new directory (0700) with these files."""
+        directory.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700)
+        for name, data in files.items():
+            path = directory / name
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.write_file(path, data)
+
+    def make_dir(self, path: Path) -> None:
+        """A directory that others may pass through (0711), if it is not there yet."""
+        path.mkdir(mode=0o711, parents=True, exist_ok=True)
 
     def make_private_dir(self, path: Path) -> None:
         """An empty directory (0700) of our own; what was there under that name goes."""
@@ -107,6 +235,18 @@ class LocalHost:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def free_bytes(self, directory: Path) -> int:
+        """How much an unprivileged program can still write there."""
+        status = os.statvfs(directory)
+        return status.f_bavail * status.f_frsize
+
+    def forward(self, remote: Path) -> Path:
+        """The socket itself: it is here."""
+        return remote
+
+    def end_forwards(self) -> None:
+        """Nothing."""
+
     def stop_process(self, pid_file: Path) -> None:
         """End the process that holds the lock on `pid_file`; nothing happens if none does.
 
@@ -133,6 +273,31 @@ class LocalHost:
             raise Unavailable(f"process {pid} of {pid_file} does not end")
         finally:
             os.close(pidfd)
+
+
+def packed(files: Mapping[str, bytes]) -> bytes:
+    """The files as a tar archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(data), 0o600
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def unpacked(archive: bytes, *, max_bytes: int) -> dict[str, bytes]:
+    """The regular files of a tar archive, by their names; `DriverFailed` if one is larger."""
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
+        for entry in tar:
+            content = tar.extractfile(entry) if entry.isreg() else None
+            if content is None:
+                continue
+            if entry.size > max_bytes:
+                raise DriverFailed(f"{entry.name} has more than {max_bytes} bytes")
+            files[entry.name.removeprefix("./")] = content.read()
+    return files
 
 
 def _locked_by(pid_file: Path) -> int | None:

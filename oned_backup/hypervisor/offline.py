@@ -1,4 +1,4 @@
-"""The disk of a domain that is off, served read-only by qemu-nbd.
+"""A disk that no QEMU has, served by qemu-nbd: read-only that of a domain that is off, or a new one.
 
 While it is served nobody can open the image for writing, QEMU included: the
 domain cannot be started in the middle of its backup. The server's pid file is
@@ -7,12 +7,13 @@ locked for as long as it lives, so that whoever comes later can end it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from oned_backup.errors import Busy, DriverFailed
 from oned_backup.hypervisor import qemu_img
-from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.host import Host
 from oned_backup.hypervisor.qemu_img import Image
 
 #: NBD connections that one export accepts at a time
@@ -27,17 +28,29 @@ class Server:
     pid_file: Path
     export: str
 
+    @classmethod
+    def at(cls, directory: Path, export: str) -> Server:
+        """The server of that export; all names are fixed beforehand."""
+        return cls(directory / f"{export}.sock", directory / f"{export}.pid", export)
+
 
 def serve(
-    host: LocalHost, image: str, image_format: str, *, directory: Path, export: str, bitmap: str = ""
+    host: Host, image: str, image_format: str, *, directory: Path, export: str, bitmap: str = ""
 ) -> Server:
     """Serve an image until the server is stopped; `Busy` if somebody has it open for writing."""
-    server = Server(directory / f"{export}.sock", directory / f"{export}.pid", export)
-    argv = ["qemu-nbd", "--read-only", "--persistent", "--fork", f"--shared={_MAX_CLIENTS}"]
-    argv += [f"--socket={server.socket}", f"--pid-file={server.pid_file}", f"--export-name={export}"]
+    options = ["--read-only", *([f"--bitmap={bitmap}"] if bitmap else [])]
+    return _start(host, image, image_format, Server.at(directory, export), options)
+
+
+def serve_new(host: Host, image: str, image_format: str, *, directory: Path, export: str) -> Server:
+    """Serve a new image for writing until the server is stopped; zeros make holes in it."""
+    return _start(host, image, image_format, Server.at(directory, export), ["--discard=unmap"])
+
+
+def _start(host: Host, image: str, image_format: str, server: Server, options: Sequence[str]) -> Server:
+    argv = ["qemu-nbd", *options, "--persistent", "--fork", f"--shared={_MAX_CLIENTS}"]
+    argv += [f"--socket={server.socket}", f"--pid-file={server.pid_file}", f"--export-name={server.export}"]
     argv += [f"--format={image_format}", "--cache=writeback", "--aio=threads"]
-    if bitmap:
-        argv.append(f"--bitmap={bitmap}")
     done = host.run([*argv, "--", image], timeout_s=30, check=False)
     if done.returncode != 0:
         in_use = '" lock' in done.stderr  # Failed to get "write" lock
@@ -45,8 +58,9 @@ def serve(
     return server
 
 
-def stop_servers(host: LocalHost, directory: Path) -> None:
-    """End all servers of a directory."""
+def stop_servers(host: Host, directory: Path) -> None:
+    """End all servers of a directory on the host, and what forwards their sockets to us."""
+    host.end_forwards()
     for name in host.names(directory):
         if name.endswith(".pid"):
             host.stop_process(directory / name)
@@ -66,7 +80,7 @@ def tracking_layers(chain: tuple[Image, ...], bitmap: str) -> tuple[Image, ...]:
     return tuple(layers)
 
 
-def gather_changes(host: LocalHost, layers: tuple[Image, ...], bitmap: str, merged: str) -> str:
+def gather_changes(host: Host, layers: tuple[Image, ...], bitmap: str, merged: str) -> str:
     """The name of a bitmap in the top image that has the changes of all `layers`.
 
     `bitmap` itself where there is only one; otherwise they are merged into the new bitmap `merged`.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oned_backup.errors import Busy, DataCorrupt, DriverFailed, NotFound
-from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.host import Host
 
 _LIMITS = ["prlimit", f"--as={2 << 30}", "--cpu=60", "--"]
 
@@ -41,7 +41,7 @@ class Image:
     bitmaps: Mapping[str, Bitmap]
 
 
-def backing_chain(host: LocalHost, path: str, image_format: str) -> tuple[Image, ...]:
+def backing_chain(host: Host, path: str, image_format: str) -> tuple[Image, ...]:
     """The images that make up a disk, the top one first; also while it is in use.
 
     `NotFound` if one is absent, `DataCorrupt` if one cannot be understood.
@@ -54,24 +54,24 @@ def backing_chain(host: LocalHost, path: str, image_format: str) -> tuple[Image,
     return tuple(_image(entry) for entry in json.loads(done.stdout))
 
 
-def add_bitmap(host: LocalHost, path: str, name: str, *, records: bool = True) -> None:
+def add_bitmap(host: Host, path: str, name: str, *, records: bool = True) -> None:
     """Add a persistent bitmap to a qcow2 image that nobody has open; `Busy` if somebody has."""
     switch = "--enable" if records else "--disable"
     _bitmap(host, path, ["--add", switch, "-f", "qcow2", "--", path, name])
 
 
-def merge_bitmap(host: LocalHost, path: str, name: str, *, source_name: str, source: str = "") -> None:
+def merge_bitmap(host: Host, path: str, name: str, *, source_name: str, source: str = "") -> None:
     """Add to the bitmap `name` of `path` what `source_name` has, a bitmap of `source` or else of `path`."""
     other = ["-F", "qcow2", "-b", source] if source else []
     _bitmap(host, path, ["--merge", source_name, *other, "-f", "qcow2", "--", path, name])
 
 
-def remove_bitmap(host: LocalHost, path: str, name: str) -> None:
+def remove_bitmap(host: Host, path: str, name: str) -> None:
     """Remove a persistent bitmap from a qcow2 image that nobody has open; `Busy` if somebody has."""
     _bitmap(host, path, ["--remove", "-f", "qcow2", "--", path, name])
 
 
-def _bitmap(host: LocalHost, path: str, arguments: list[str]) -> None:
+def _bitmap(host: Host, path: str, arguments: list[str]) -> None:
     done = host.run([*_LIMITS, "qemu-img", "bitmap", *arguments], check=False)
     if done.returncode != 0:
         in_use = '" lock' in done.stderr  # Failed to get "write" lock

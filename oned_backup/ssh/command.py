@@ -23,7 +23,7 @@ CONFIG_VARIABLE = "ODB_SSH_CONFIG"
 #: OpenSSH's exit code for everything that goes wrong before the remote command runs
 FAILED = 255
 
-_TARGET = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9:\[][A-Za-z0-9.:_\[\]%-]*")
+_TARGET = re.compile(r"(?:ssh://)?(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9:\[][A-Za-z0-9.:_\[\]%-]*")
 #: what the remote side gets over the local limit, so that ours is the one that is met
 _LATER_S = 10
 
@@ -58,7 +58,7 @@ def wrapper_path() -> Path:
 
 
 def checked_target(target: str) -> str:
-    """`user@host` or `host` (an alias of the configuration, too), if it can only be that."""
+    """`user@host`, `host` (an alias of the configuration, too) or `ssh://user@host:port`; nothing else."""
     if not _TARGET.fullmatch(target):
         raise InvalidInput(f"ssh: '{target[:80]}' is not of the form user@host")
     return target

@@ -18,6 +18,7 @@ from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qem
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
+from oned_backup.hypervisor.host import LocalHost
 from oned_backup.transfer import guard
 from oned_backup.transfer.decide import TRACKED_FORMAT
 from oned_backup.transfer.task import BLOCK_SCRATCH_DIR, Task
@@ -29,6 +30,7 @@ def clean_up(task: Task) -> str:
     Returns why the job was aborted before its time; empty if it was not.
     """
     reason = guard.reason_of_abort(task)
+    end_here(task)
     offline.stop_servers(task.host, task.operation_dir)
     with connected(task.uri) as connection:
         try:
@@ -36,7 +38,7 @@ def clean_up(task: Task) -> str:
         except NotFound:
             remove_files(task, ())
             return reason
-        freeze.resume_if_noted(domain, task.socket_dir)
+        freeze.resume_if_noted(task.host, domain, task.socket_dir)
         # Without its directory a job that a killed driver has asked for, and that libvirt has
         # not begun, cannot begin any more.
         task.host.remove(task.operation_dir)
@@ -59,13 +61,21 @@ def undo(task: Task) -> None:
     with contextlib.suppress(OnedBackupError, OSError), connected(task.uri) as connection:
         domain = find_domain(connection, task.vm.uuid, task.vm.deploy_id)
         present = domains.disks(domain.xml())
-        freeze.resume_if_noted(domain, task.socket_dir)  # the note goes with the other files
+        freeze.resume_if_noted(task.host, domain, task.socket_dir)  # the note goes with the other files
         end_job(task, domain)
         remove_files(task, present)
         if task.checkpoint and domain.is_active:
             checkpoints.remove(domain, task.checkpoint)
         elif not domain.is_active:
             remove_image_bitmaps(task, present, lambda name: name in {task.checkpoint, task.merged_bitmap})
+
+
+def end_here(task: Task) -> None:
+    """End what runs on this machine for an operation on another one, which need not be reachable."""
+    if task.host.machine:
+        task.host.end_forwards()
+        guard.stop(task)
+        LocalHost().remove(task.local_dir)
 
 
 def end_job(task: Task, domain: Domain) -> bool:
@@ -78,6 +88,7 @@ def end_job(task: Task, domain: Domain) -> bool:
 
 def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:
     """End the operation's servers and remove its sockets and scratch files."""
+    end_here(task)
     offline.stop_servers(task.host, task.operation_dir)
     sources = {disk.source for disk in present} | {disk.source for disk in task.vm.disks}
     folders = {Path(source).parent for source in sources if source.startswith("/")} | {BLOCK_SCRATCH_DIR}

@@ -7,13 +7,12 @@ or an encrypted disk would be restored and not start.
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 from oned_backup import xmldoc
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.domain import Domain
+from oned_backup.hypervisor.host import Host, packed, unpacked
 from oned_backup.model.names import checked_name
 from oned_backup.transfer.task import Task
 
@@ -38,41 +37,25 @@ def write_firmware(task: Task, domain: Domain, directory: Path) -> tuple[str, ..
     xml = domain.xml()
     names = []
     nvram = domains.nvram_path(xml)
-    if nvram and Path(nvram).exists():
-        _write(directory / NVRAM, task.host.read_file(nvram, max_bytes=_MAX_NVRAM_BYTES))
+    variables = task.host.read_file(nvram, max_bytes=_MAX_NVRAM_BYTES) if nvram else None
+    if variables is not None:
+        _write(directory / NVRAM, variables)
         names.append(NVRAM)
-    state = task.swtpm_dir / domain.uuid
-    if domains.has_tpm_state(xml) and state.is_dir():
-        _write(directory / TPM, _tar(task, state))
-        names.append(TPM)
+    if domains.has_tpm_state(xml):
+        state = task.host.read_tree(task.swtpm_dir / domain.uuid, max_bytes=_MAX_TPM_BYTES)
+        if state is not None:
+            _write(directory / TPM, packed(state))
+            names.append(TPM)
     return tuple(names)
 
 
-def unpack_tpm(archive: bytes, directory: Path) -> None:
-    """Put the state of a TPM back into `directory`, which must not exist."""
-    directory.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700)
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
-        for entry in tar:
-            content = tar.extractfile(entry) if entry.isreg() else None
-            if content is None:
-                continue
-            path = directory.joinpath(*(checked_name(part, TPM) for part in entry.name.split("/")))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(path, content.read())
-
-
-def _tar(task: Task, state: Path) -> bytes:
-    """The directory as a tar archive: regular files only, each read whole (swtpm replaces them by rename)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for path in sorted(state.rglob("*")):
-            if path.is_file() and not path.is_symlink() and path.name != ".lock":
-                data = task.host.read_file(str(path), max_bytes=_MAX_TPM_BYTES)
-                entry = tarfile.TarInfo(str(path.relative_to(state)))
-                entry.size, entry.mode = len(data), 0o600
-                tar.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue()
+def unpack_tpm(host: Host, archive: bytes, directory: Path) -> None:
+    """Put the state of a TPM back into `directory` on the host, which must not exist."""
+    files = unpacked(archive, max_bytes=_MAX_TPM_BYTES)
+    for name in files:
+        for part in name.split("/"):
+            checked_name(part, TPM)
+    host.write_tree(directory, files)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -25,28 +25,30 @@ from oned_backup.errors import NoSpace, OnedBackupError, Unavailable
 from oned_backup.hypervisor import backup_job, freeze
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.hypervisor.host import Host, LocalHost, host_for
 from oned_backup.transfer.task import Task
 
 #: what a fast guest overwrites between two looks, and some more
 MIN_FREE_BYTES = 256 << 20
 
 _INTERVAL_S = 0.25
+_REMOTE_INTERVAL_S = 1.0
 #: a restart of libvirtd takes seconds, an upgrade a little longer
 _WAIT_FOR_LIBVIRT_S = 600.0
 _PID_FILE = "guard.pid"
 _NOTE = "aborted"
 
 
-def require_scratch(folders: Iterable[Path]) -> None:
+def require_scratch(host: Host, folders: Iterable[Path]) -> None:
     """Raise `NoSpace` unless there is room to begin a job with scratch files in these folders."""
-    shortage = _shortage(folders)
+    shortage = _shortage(host, folders)
     if shortage:
         raise NoSpace(shortage, hint="Free some space, or set the scratch directory to another file system.")
 
 
 def start(task: Task, domain: Domain, folders: Iterable[Path]) -> None:
     """Start the watchman of a job that has begun."""
-    arguments = [task.uri, domain.uuid, str(task.operation_dir), *map(str, folders)]
+    arguments = [task.uri, domain.uuid, *map(str, (task.operation_dir, task.local_dir, *folders))]
     subprocess.Popen(
         [sys.executable, "-m", __name__, *arguments],
         stdin=subprocess.DEVNULL,
@@ -60,52 +62,58 @@ def start(task: Task, domain: Domain, folders: Iterable[Path]) -> None:
 def reason_of_abort(task: Task) -> str:
     """Why the watchman has aborted the operation's job; empty if it has not."""
     try:
-        return (task.operation_dir / _NOTE).read_text()
+        return (task.local_dir / _NOTE).read_text()
     except FileNotFoundError:
         return ""
 
 
-def watch(uri: str, uuid: str, operation_dir: Path, folders: list[Path]) -> None:
+def stop(task: Task) -> None:
+    """End the watchman of an operation on another machine."""
+    LocalHost().stop_process(task.local_dir / _PID_FILE)
+
+
+def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: list[Path]) -> None:
     """Look until the operation's job has ended; end it if need be."""
+    host = host_for(uri, local_dir)
+    interval_s = _REMOTE_INTERVAL_S if host.machine else _INTERVAL_S
     with connected(uri) as connection:
         domain = find_domain(connection, uuid, "")
         while domain.is_active and backup_job.is_beneath(backup_job.current_socket(domain), operation_dir):
-            reason = _shortage(folders)
+            reason = _shortage(host, folders)
             if not reason and freeze.is_paused_by_io_error(domain):
                 reason = "the guest was stopped by an I/O error while its backup ran"
             if reason:
-                (operation_dir / _NOTE).write_text(reason)
+                (local_dir / _NOTE).write_text(reason)
                 backup_job.abort(domain, operation_dir)
                 freeze.resume_after_io_error(domain)
                 return
-            time.sleep(_INTERVAL_S)
+            time.sleep(interval_s)
 
 
-def _shortage(folders: Iterable[Path]) -> str:
+def _shortage(host: Host, folders: Iterable[Path]) -> str:
     """What to say of the first folder with too little room; empty if there is none."""
     for folder in folders:
-        status = os.statvfs(folder)
-        free = status.f_bavail * status.f_frsize
+        free = host.free_bytes(folder)
         if free < MIN_FREE_BYTES:
             return f"scratch in {folder}: {MIN_FREE_BYTES >> 20} MB needed, {free >> 20} MB free"
     return ""
 
 
-def _main(uri: str, uuid: str, operation: str, *folders: str) -> None:
-    operation_dir = Path(operation)
-    descriptor = os.open(operation_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _main(uri: str, uuid: str, operation: str, local: str, *folders: str) -> None:
+    operation_dir, local_dir = Path(operation), Path(local)
+    descriptor = os.open(local_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     give_up_at = time.monotonic() + _WAIT_FOR_LIBVIRT_S
     while True:
         began = time.monotonic()
         try:
-            watch(uri, uuid, operation_dir, [Path(folder) for folder in folders])
+            watch(uri, uuid, operation_dir, local_dir, [Path(folder) for folder in folders])
         except Unavailable:
             now = time.monotonic()
             if now > began + 4 * _INTERVAL_S:  # it had been there, so this is another restart
                 give_up_at = now + _WAIT_FOR_LIBVIRT_S
-            if now > give_up_at or not operation_dir.is_dir():
+            if now > give_up_at or not local_dir.is_dir():
                 raise
             time.sleep(_INTERVAL_S)
         else:

@@ -56,14 +56,14 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     decisions = _decisions(task, domain, disks)
     files = companions.write_definitions(task, domain, source_dir)
     if task.scratch_dir:
-        task.scratch_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        task.host.make_dir(task.scratch_dir)
     blocks = {found.target for _, found in selection.included if found.type == "block"}
     scratch = {
         disk.target: task.scratch_path(disk.source, disk.target, is_block=disk.target in blocks)
         for disk in disks
     }
     folders = sorted({path.parent for path in scratch.values()})
-    guard.require_scratch(folders)
+    guard.require_scratch(task.host, folders)
     socket = task.operation_dir / "qemu" / "nbd.sock"
     task.host.make_private_dir(task.operation_dir)
     task.host.lend_dir(socket.parent, domains.qemu_uid(xml))
@@ -73,6 +73,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
     note = task.operation_dir / freeze.NOTE
     with freeze.frozen(
+        task.host,
         domain,
         mode,
         timeout_s=task.freeze_timeout_s,
@@ -81,6 +82,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     ) as window:
         job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
 
+    local_socket = task.host.forward(socket)
     guard.start(task, domain, folders)
     files += companions.write_firmware(task, domain, source_dir)
     number = disk_set.increment_id(task, decisions.values())
@@ -89,7 +91,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
             disks,
             decisions,
             number,
-            {disk.target: (str(socket), disk.target, disk.bitmap) for disk in job},
+            {disk.target: (str(local_socket), disk.target, disk.bitmap) for disk in job},
         ),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
@@ -101,7 +103,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
 
 def _take_over(task: Task, domain: Domain) -> None:
     """Remove what an earlier attempt left; `Busy` if the domain has a backup job that is not ours."""
-    freeze.resume_if_noted(domain, task.socket_dir)
+    freeze.resume_if_noted(task.host, domain, task.socket_dir)
     clean.end_job(task, domain)
     socket = backup_job.current_socket(domain)
     if socket is not None:

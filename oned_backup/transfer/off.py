@@ -106,7 +106,7 @@ def _serve(task: Task, disk: Current, decisions: dict[str, Decision], chain: _Ch
         export=disk.target,
         bitmap=bitmap,
     )
-    return str(server.socket), server.export, bitmap
+    return str(task.host.forward(server.socket)), server.export, bitmap
 
 
 def _gathered(task: Task, disk: Current, chain: _Chain) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from oned_backup.contract.exports import Exports, Reason
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import InvalidInput
-from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.host import Host as Machine
+from oned_backup.hypervisor.host import host_for
 from oned_backup.model.host import Host
 from oned_backup.model.names import CHECKPOINT_PREFIX, checked_name, is_own_checkpoint
 from oned_backup.model.vm import Vm
 
 #: for the scratch files of block devices, if no SCRATCH_DIR is set
 BLOCK_SCRATCH_DIR = Path("/var/tmp")  # noqa: S108 - the names in it cannot be guessed
+
+#: on another machine: holds a directory for each daemon, so that none takes another's jobs for its own
+REMOTE_DIR = Path("/run/oned-backup")
 
 _DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
 _DEFAULT_FREEZE_TIMEOUT_S = 10.0
@@ -29,7 +33,11 @@ class Task:
     swtpm_dir: Path
     installation: str
     operation_id: str
+    host: Machine
+    #: on the host: holds a directory for each operation
     socket_dir: Path
+    #: here: sockets that lead to those on the host; on this machine the same as `operation_dir`
+    local_dir: Path
     #: None: beside each disk
     scratch_dir: Path | None
     freeze_timeout_s: float
@@ -38,7 +46,6 @@ class Task:
     parent: Exports | None
     #: the checkpoint that the next increment needs; empty: none
     keep_checkpoint: str
-    host: LocalHost = field(default_factory=LocalHost)
 
     @property
     def own_prefix(self) -> str:
@@ -57,7 +64,7 @@ class Task:
 
     @property
     def operation_dir(self) -> Path:
-        """Where the sockets of this operation lie."""
+        """Where the sockets of this operation lie on the host."""
         return self.socket_dir / self.operation_id
 
     @property
@@ -88,13 +95,18 @@ def task_of(request: Request) -> Task:
     if checkpoint and not is_own_checkpoint(checkpoint, installation):
         raise InvalidInput(f"request: checkpoint '{checkpoint}' is not one of installation {installation}")
     host = Host(request.host)
+    operation_id = checked_name(request.operation_id, "OPERATION/ID")
+    here = _absolute(options.get("SOCKET_DIR", ""), "SOCKET_DIR")
+    machine = host_for(host.uri, here / operation_id)
     return Task(
         vm=Vm(request.vm),
         uri=host.uri,
         swtpm_dir=Path(host.element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR),
         installation=installation,
-        operation_id=checked_name(request.operation_id, "OPERATION/ID"),
-        socket_dir=_absolute(options.get("SOCKET_DIR", ""), "SOCKET_DIR"),
+        operation_id=operation_id,
+        host=machine,
+        socket_dir=socket_dir_on(machine, host, here, installation),
+        local_dir=here / operation_id,
         scratch_dir=_absolute(options["SCRATCH_DIR"], "SCRATCH_DIR") if options.get("SCRATCH_DIR") else None,
         freeze_timeout_s=float(options.get("FREEZE_TIMEOUT_S") or _DEFAULT_FREEZE_TIMEOUT_S),
         full_reason=Reason(options.get("FULL_REASON") or Reason.FIRST_BACKUP),
@@ -102,6 +114,14 @@ def task_of(request: Request) -> Task:
         parent=request.parent,
         keep_checkpoint=options.get("KEEP_CHECKPOINT", ""),
     )
+
+
+def socket_dir_on(machine: Machine, host: Host, here: Path, installation: str) -> Path:
+    """Where the operations of this daemon have their directories on the host; `here` is that of its own."""
+    if not machine.machine:
+        return here
+    base = host.element.findtext("TEMPLATE/REMOTE_DIR") or str(REMOTE_DIR)
+    return _absolute(base, "REMOTE_DIR") / checked_name(installation, "INSTALLATION")
 
 
 def _absolute(path: str, name: str) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lab import Guest, wait_for
 
@@ -60,11 +61,16 @@ class RestorePoint:
 class BackedUpVm:
     """One VM and its active chain."""
 
-    def __init__(self, guest: Guest, directory: Path, socket_dir: Path) -> None:
+    def __init__(
+        self, guest: Guest, directory: Path, socket_dir: Path, *, uri: str = "", tm: str = "qcow2"
+    ) -> None:
         self.guest = guest
         self.directory = directory
         self.socket_dir = socket_dir
-        self.host = _host(guest)
+        self.tm_mad = tm
+        self.host = _host(guest, uri)
+        #: variables that the daemon would give to drivers
+        self.environment: dict[str, str] = {}
         self.points: list[RestorePoint] = []
         self.log: list[str] = []
         self._numbers = itertools.count()
@@ -77,7 +83,7 @@ class BackedUpVm:
     def vmm(self, action: str, **options: str) -> dict[str, str]:
         """An action of the hypervisor driver."""
         request = Request(Kind.VMM, "op-0123456789ab", action, host=self.host.element, options=options)
-        return self._run(Kind.VMM, "kvm", action, request, Invocation(self._work()))
+        return self._run(Kind.VMM, "kvm", action, request, self._invocation())
 
     def tm(
         self,
@@ -110,8 +116,8 @@ class BackedUpVm:
                 **options,
             },
         )
-        invocation = Invocation(self._work(), source_dir=files, transfer=transfer)
-        return self._run(Kind.TM, "qcow2", action, request, invocation, limits=limits)
+        invocation = self._invocation(source_dir=files, transfer=transfer)
+        return self._run(Kind.TM, self.tm_mad, action, request, invocation, limits=limits)
 
     def document(self) -> Vm:
         """The VM's document, brought up to date with the hypervisor."""
@@ -272,10 +278,10 @@ class BackedUpVm:
             log=lambda level, line: self.log.append(f"<{level}> {line}"),
         )
 
-    def _work(self) -> Path:
+    def _invocation(self, **fields: Any) -> Invocation:
         work = self.directory / "work"
         work.mkdir(exist_ok=True)
-        return work
+        return Invocation(work, environment=self.environment, **fields)
 
 
 def command(*argv: str) -> str:
@@ -301,8 +307,8 @@ def new_file(guest: Guest, path: str, mib: int) -> None:
     guest.shell(f"dd if=/dev/urandom of={path} bs=1M count={mib} 2>/dev/null; sync")
 
 
-def _host(guest: Guest) -> Host:
-    host = new_host(0, name="lab", uri=guest.uri)
+def _host(guest: Guest, uri: str) -> Host:
+    host = new_host(0, name="lab", uri=uri or guest.uri)
     template = host.element.find("TEMPLATE")
     assert template is not None
     xmldoc.fill(template, {"SWTPM_DIR": str(guest.libvirtd.swtpm_dir)})

@@ -1,68 +1,7 @@
-"""Transfer manager for images (qcow2 with change tracking, raw without) on this machine's libvirt.
-
-The work is done by `oned_backup.transfer`; what there is to know about it stands there.
-"""
+"""Transfer manager for images behind this machine's libvirt, or one that is reached by SSH."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from oned_backup.transfer.driver import ImageDriver
 
-from oned_backup.contract.exports import Exports
-from oned_backup.sdk import Answer, Call, Driver
-from oned_backup.sdk.publish import publish_path
-from oned_backup.transfer.clean import clean_up, undo
-from oned_backup.transfer.live import export_live
-from oned_backup.transfer.off import export_off
-from oned_backup.transfer.task import task_of
-
-
-class Qcow2(Driver):
-    """Exports disks through libvirt's backup jobs, or qemu-nbd while the domain is off."""
-
-    def warm_up(self, action: str) -> None:  # noqa: ARG002 - it is the same for all
-        """Libvirt's library takes half of what there is to load."""
-        import libvirt  # noqa: F401, PLC0415
-
-    def pre_backup_live(self, call: Call) -> Answer:
-        """The frozen disks of a running domain."""
-        task = task_of(call.request)
-        exports = export_live(task, call.source_dir)
-        if exports.freeze.warning:
-            call.warn(exports.freeze.warning)
-        return _answer(call, exports)
-
-    def pre_backup(self, call: Call) -> Answer:
-        """The disks of a domain that is off."""
-        return _answer(call, export_off(task_of(call.request), call.source_dir))
-
-    def post_backup(self, call: Call) -> None:
-        """Nothing is left but the checkpoint to keep, whatever state the domain is in."""
-        aborted = clean_up(task_of(call.request))
-        if aborted:
-            call.warn(f"the backup job was aborted: {aborted}")
-
-    post_backup_live = post_backup
-
-    def restore(self, call: Call) -> Answer:
-        """A restored image under its final name."""
-        target = Path(call.option("TARGET"))
-        publish_path(Path(call.option("PATH")), target)
-        return {"PATH": str(target)}
-
-
-def _answer(call: Call, exports: Exports) -> Answer:
-    for disk in exports.disks:
-        if disk.text:
-            call.warn(f"{disk.target}: {disk.type.lower()}, {disk.reason}: {disk.text}")
-    if call.transfer == "staged":
-        from oned_backup.transfer.staging import staged  # noqa: PLC0415 - loads the data engine
-
-        try:
-            exports = staged(exports, call.source_dir, call.progress)
-        except BaseException:
-            undo(task_of(call.request))
-            raise
-    return {"EXPORTS": exports.to_xml()}
-
-
-DRIVER = Qcow2()
+DRIVER = ImageDriver()

@@ -9,11 +9,13 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError
 from oned_backup.hypervisor import backup_job, freeze, thawer
 from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
 from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
-from oned_backup.hypervisor.host import LocalHost
+from oned_backup.hypervisor.host import Host as Machine
+from oned_backup.hypervisor.host import host_for
 from oned_backup.hypervisor.qemu_img import backing_chain
 from oned_backup.model.host import Host
 from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.transfer.companions import unpack_tpm
+from oned_backup.transfer.task import socket_dir_on
 
 _DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
 _THAW_TIMEOUT_S = 5.0
@@ -44,7 +46,8 @@ class Kvm(Driver):
         """A domain's definition, its state, and the virtual sizes of its disks."""
         with connected(_host(call).uri) as connection:
             domain = _domain(call, connection)
-            sizes = {disk.target: _capacity(domain, disk) for disk in disks(domain.xml())}
+            machine = _machine(call)
+            sizes = {disk.target: _capacity(machine, domain, disk) for disk in disks(domain.xml())}
             return {
                 "DOMAIN": xmldoc.parse(domain.inactive_xml(), what="domain"),
                 "STATE": domain.state.value,
@@ -81,7 +84,7 @@ class Kvm(Driver):
                 return
             socket_dir = call.option("SOCKET_DIR", "")
             if socket_dir:
-                freeze.resume_if_noted(domain, Path(socket_dir))
+                freeze.resume_if_noted(_machine(call), domain, _socket_dir(call, socket_dir))
             if domain.state is not State.RUNNING:
                 call.warn(
                     f"domain {domain.name} is {domain.state.lower()}: its agent cannot be asked to thaw"
@@ -97,9 +100,7 @@ class Kvm(Driver):
 
     def abort_backup(self, call: Call) -> None:
         """End the domain's backup job if it is ours."""
-        socket_dir = Path(call.option("SOCKET_DIR"))
-        if not socket_dir.is_absolute() or socket_dir == Path("/"):
-            raise InvalidInput(f"SOCKET_DIR '{socket_dir}' is not an absolute path below the root")
+        socket_dir = _socket_dir(call, call.option("SOCKET_DIR"))
         with connected(_host(call).uri) as connection:
             backup_job.abort(_domain(call, connection), socket_dir)
 
@@ -108,6 +109,18 @@ def _host(call: Call) -> Host:
     if call.request.host is None:
         raise InvalidInput("request: the section HOST is needed")
     return Host(call.request.host)
+
+
+def _machine(call: Call) -> Machine:
+    """The machine of the host; nothing is forwarded from it here."""
+    return host_for(_host(call).uri, Path("/nonexistent"))
+
+
+def _socket_dir(call: Call, here: str) -> Path:
+    """Where the daemon's operations have their sockets on the host."""
+    if not here.startswith("/") or Path(here) == Path("/"):
+        raise InvalidInput(f"SOCKET_DIR '{here}' is not an absolute path below the root")
+    return socket_dir_on(_machine(call), _host(call), Path(here), call.option("INSTALLATION", ""))
 
 
 def _domain(call: Call, connection: object) -> Domain:
@@ -120,14 +133,14 @@ def _is_uuid(key: str) -> bool:
     return len(key) == 36 and set(key.lower()) <= set("0123456789abcdef-")
 
 
-def _capacity(domain: Domain, disk: DomainDisk) -> int:
+def _capacity(machine: Machine, domain: Domain, disk: DomainDisk) -> int:
     """Virtual size in bytes; 0 where there is no medium, or it cannot be told."""
     if not disk.source or disk.type not in {"file", "block"}:
         return 0
     try:
         if domain.is_active:
             return domain.capacity_bytes(disk.target)
-        return backing_chain(LocalHost(), disk.source, disk.format)[0].size_bytes
+        return backing_chain(machine, disk.source, disk.format)[0].size_bytes
     except OnedBackupError:
         return 0
 
@@ -135,8 +148,11 @@ def _capacity(domain: Domain, disk: DomainDisk) -> int:
 def _restore_tpm(call: Call, uuid: str, archive: Path) -> None:
 
     directory = Path(_host(call).element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR)
-    with archive.open("rb") as file:
-        unpack_tpm(file.read(_MAX_TPM_BYTES), directory / uuid)
+    machine = _machine(call)
+    data = machine.read_file(str(archive), max_bytes=_MAX_TPM_BYTES)
+    if data is None:
+        raise NotFound(f"{archive} is not there")
+    unpack_tpm(machine, data, directory / uuid)
 
 
 DRIVER = Kvm()

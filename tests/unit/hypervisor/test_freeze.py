@@ -13,6 +13,7 @@ import pytest
 from oned_backup.errors import Unavailable
 from oned_backup.hypervisor.domain import Domain
 from oned_backup.hypervisor.freeze import Mode, Window, frozen, resume_if_noted
+from oned_backup.hypervisor.host import LocalHost
 
 
 class Handle:
@@ -68,7 +69,7 @@ NOTE = Path("/nonexistent/suspended")
 def by_agent(handle: Handle, *, timeout_s: float) -> AbstractContextManager[Window]:
     """The guest frozen by its agent; a thaw that is left to others is a call too."""
     later = partial(handle.calls.append, "later")
-    return frozen(Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, thaw_later=later)
+    return frozen(LocalHost(), Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, thaw_later=later)
 
 
 def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
@@ -138,4 +139,4 @@ def test_note_of_another_operation_that_ends_meanwhile(
         return read_text(path)
 
     monkeypatch.setattr(Path, "read_text", just_removed)
-    resume_if_noted(Domain(Handle()), tmp_path)
+    resume_if_noted(LocalHost(), Domain(Handle()), tmp_path)

@@ -1,0 +1,72 @@
+"""The transfer manager drivers for images (qcow2 with change tracking, raw without) behind a libvirt.
+
+qcow2, shared and ssh differ in where the images of a VM lie, and in whether another host finds
+the same ones; what is done with them is the same, and stands here.
+"""
+
+from __future__ import annotations
+
+from oned_backup.contract.exports import Exports
+from oned_backup.contract.targets import targets_to_xml
+from oned_backup.sdk import Answer, Call, Driver
+from oned_backup.transfer import restoring
+from oned_backup.transfer.clean import clean_up, undo
+from oned_backup.transfer.live import export_live
+from oned_backup.transfer.off import export_off
+from oned_backup.transfer.task import task_of
+
+
+class ImageDriver(Driver):
+    """Exports disks through libvirt's backup jobs, or qemu-nbd while the domain is off."""
+
+    def warm_up(self, action: str) -> None:  # noqa: ARG002 - it is the same for all
+        """Libvirt's library takes half of what there is to load."""
+        import libvirt  # noqa: F401, PLC0415
+
+    def pre_backup_live(self, call: Call) -> Answer:
+        """The frozen disks of a running domain."""
+        task = task_of(call.request)
+        exports = export_live(task, call.source_dir)
+        if exports.freeze.warning:
+            call.warn(exports.freeze.warning)
+        return _answer(call, exports)
+
+    def pre_backup(self, call: Call) -> Answer:
+        """The disks of a domain that is off."""
+        return _answer(call, export_off(task_of(call.request), call.source_dir))
+
+    def post_backup(self, call: Call) -> None:
+        """Nothing is left but the checkpoint to keep, whatever state the domain is in."""
+        aborted = clean_up(task_of(call.request))
+        if aborted:
+            call.warn(f"the backup job was aborted: {aborted}")
+
+    post_backup_live = post_backup
+
+    def pre_restore(self, call: Call) -> Answer:
+        """Where to write the disks that are restored."""
+        return {"TARGETS": targets_to_xml(restoring.pre_restore(call.request, call.source_dir))}
+
+    def restore(self, call: Call) -> None:
+        """What was restored has its names."""
+        restoring.restore(call.request)
+
+    def post_restore(self, call: Call) -> None:
+        """Nothing is left of it but a restore that succeeded."""
+        restoring.post_restore(call.request)
+
+
+def _answer(call: Call, exports: Exports) -> Answer:
+    for disk in exports.disks:
+        if disk.text:
+            call.warn(f"{disk.target}: {disk.type.lower()}, {disk.reason}: {disk.text}")
+    if call.transfer == "staged":
+        from oned_backup.transfer.staging import staged  # noqa: PLC0415 - loads the data engine
+
+        try:
+            exports = staged(exports, call.source_dir, call.progress)
+        except BaseException:
+            undo(task_of(call.request))
+            raise
+    return {"EXPORTS": exports.to_xml()}
+
