@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     #: operations at a time, in all and on one host
     workers: int = Field(default=4, ge=1, le=256)
     workers_per_host: int = Field(default=2, ge=1, le=256)
+    #: disks that one restore reads side by side
+    disks_at_a_time: int = Field(default=4, ge=1, le=64)
     freeze_timeout_s: float = Field(default=10, gt=0, le=60)
     #: a driver that gives no sign of life for so long is ended
     inactivity_s: float = Field(default=300, gt=0)

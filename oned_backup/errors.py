@@ -127,6 +127,7 @@ class Salvaged(OnedBackupError):
 _BY_EXIT_CODE: dict[int, type[OnedBackupError]] = {
     error.exit_code: error
     for error in (
+        Conflict,
         Unsupported,
         DataCorrupt,
         NotFound,

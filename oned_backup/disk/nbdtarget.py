@@ -12,6 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import nbd
 
@@ -61,7 +62,7 @@ class NbdTarget(Target):
         """These bytes at that offset; they are copied."""
         while view:
             piece = bytes(view[: self._piece])
-            self._put(lambda handle, piece=piece, offset=offset: _write(handle, offset, piece))
+            self._put(partial(_write, offset=offset, data=piece))
             offset += len(piece)
             view = view[len(piece) :]
 
@@ -73,9 +74,9 @@ class NbdTarget(Target):
         while start < end:
             count = min(step, end - start)
             if self._can_zero:
-                self._put(lambda handle, start=start, count=count: _zero(handle, start, count))
+                self._put(partial(_zero, offset=start, count=count))
             else:
-                self._put(lambda handle, start=start, count=count: _write(handle, start, bytes(count)))
+                self._put(partial(_write, offset=start, data=bytes(count)))
             start += count
 
     def finish(self) -> None:

@@ -1,30 +1,40 @@
-"""RESTORE to a directory: PLAN → DOWNLOAD → PLACE → DEFINE.
+"""RESTORE to a directory of a host: PLAN → PREPARE → DOWNLOAD → PLACE → DEFINE → CLEAN.
 
-    PLAN      the store's plan; names free, domain XML rebuilt, new name chosen; nothing is written
-    DOWNLOAD  each disk, verified on the way, to DIR/.<name>.partial-<operation>    (undo: REMOVE)
-    PLACE     make all durable and give them their names, replacing nothing          (undo: UNPLACE)
-    DEFINE    with --define: a new domain over the files                             (undo: KEEP)
+    PLAN      the store's plan; domain XML rebuilt, new name chosen; nothing is written
+    PREPARE   tm pre_restore: names free, room for the disks below DIR/.oned-backup-<operation>, or above
+              DIR where that is still to be made; the small files are there    (undo: REMOVE)
+    DOWNLOAD  all disks side by side, each verified on the way
+    PLACE     tm restore: all durable and under their names, replacing nothing
+    DEFINE    with --define: a new domain over the files; commits              (undo: KEEP)
+    CLEAN     tm post_restore: servers and the directory they wrote to
 
 All or nothing: what is made has its final name only when all of it is there and
-proved, and a restore that fails removes what it made, and only that (by inode).
-A domain that turns out to be defined keeps its files.
+proved, and a restore that fails removes what it made, and only that. A domain that
+turns out to be defined keeps its files. The transfer manager does all of this on the
+host where the files are wanted, which without --host is this machine.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
+from oned_backup.contract.request import Outcome
+from oned_backup.contract.result import document
+from oned_backup.contract.targets import FORMATS, DiskTarget, NewDisk, disks_option, targets_from_xml
+from oned_backup.contract.url import parse_url
 from oned_backup.errors import (
     Conflict,
     DataCorrupt,
+    DriverBug,
     InvalidInput,
     NotFound,
-    PermissionDenied,
+    OnedBackupError,
     Salvaged,
 )
 from oned_backup.model.domain import RestoredDisk, rebuild_domain
@@ -35,7 +45,9 @@ from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.domains import list_domains
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.services import Caller
 from oned_backup.operations.steps import Step, Undo
+from oned_backup.operations.together import call_together
 
 _DOMAIN = "domain.xml"
 #: in the operation's own directory
@@ -43,7 +55,6 @@ _PLAN_FILE = "plan.xml"
 _DOMAIN_FILE = "domain-to-define.xml"
 _NVRAM = "nvram.fd"
 _TPM = "tpm.tar"
-FORMATS = ("qcow2", "raw")
 
 
 def _plan(context: Context) -> Mapping[str, Any]:
@@ -67,9 +78,6 @@ def _plan(context: Context) -> Mapping[str, Any]:
     )
     names = {disk.disk_id: f"disk.{disk.disk_id}.{image_format}" for disk in plan.disks}
     files = [checked_name(name, "file in the backup") for name, _ in plan.files]
-    for name in (*names.values(), *files):
-        if os.path.lexists(directory / name):
-            raise Conflict(f"{directory / name} exists already", hint="Choose an empty directory with --to.")
     facts: dict[str, Any] = {
         "directory": str(directory),
         "format": image_format,
@@ -93,8 +101,6 @@ def _directory(text: str) -> Path:
     directory = Path(text)
     if "\0" in text or not directory.is_absolute() or ".." in directory.parts:
         raise InvalidInput(f"--to: '{text[:200]}' is not an absolute path")
-    if directory.exists() and not directory.is_dir():
-        raise InvalidInput(f"--to: {directory} is not a directory")
     return directory
 
 
@@ -153,135 +159,147 @@ def _restore_plan(context: Context) -> RestorePlan:
     return RestorePlan.from_xml(xmldoc.parse((context.work_dir / _PLAN_FILE).read_text(), what="PLAN"))
 
 
-def _partials(context: Context) -> dict[str, Any]:
-    """What DOWNLOAD is going to make: partial path by final path, and the directories."""
-    directory = Path(context.facts["directory"])
-    made = []
-    parent = directory
-    while not parent.exists():
-        made.append(str(parent))
-        parent = parent.parent
-    names = [*context.facts["names"].values(), *context.facts["files"]]
-    suffix = f"partial-{context.operation.id}"
-    return {
-        "partials": {str(directory / name): str(directory / f".{name}.{suffix}") for name in names},
-        "made_directories": made,
+def target_host(context: Context) -> Host | None:
+    """The host on which the files are wanted; None for this machine."""
+    host_id = context.arguments.get("host_id", context.arguments.get("define_host_id"))
+    return None if host_id is None else context.services.host(host_id)
+
+
+def call_tm(
+    context: Context, caller: Caller, action: str, outcome: Outcome | None = None, **options: str
+) -> dict[str, str]:
+    """The answer of the transfer manager to one of the actions about what is restored."""
+    host = target_host(context)
+    settings = context.services.settings
+    return caller.tm(
+        action,
+        context.text("tm_mad", "qcow2"),
+        host=None if host is None else host.element,
+        outcome=outcome,
+        deadline_s=settings.deadlines.post_backup_s,
+        options={
+            "DIRECTORY": context.facts["directory"],
+            "SOCKET_DIR": str(settings.nbd_dir),
+            "INSTALLATION": context.services.store.installation,
+            **options,
+        },
+    )
+
+
+def prepare_targets(
+    context: Context, disks: Mapping[int, NewDisk], files: Mapping[str, bytes], disk_format: str
+) -> dict[str, list[str]]:
+    """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id."""
+    caller = context.backup_caller("stream")
+    assert caller.source_dir is not None  # noqa: S101 - that is what a backup caller has
+    for name, data in files.items():
+        path = caller.source_dir / name
+        path.touch(mode=0o600)
+        path.write_bytes(data)
+    answer = call_tm(
+        context, caller, "pre_restore", DISKS=disks_option(list(disks.values())), FORMAT=disk_format
+    )
+    targets = targets_from_xml(document(answer, "TARGETS"))
+    if set(targets) != set(disks):
+        raise DriverBug("TARGETS does not have the disks that were asked for")
+    return {str(target.disk_id): [target.target, target.format] for target in targets.values()}
+
+
+def remove_all(context: Context) -> None:
+    """Undo of PREPARE, and of all that came after it: nothing that was made is left."""
+    call_tm(context, context.caller, "post_restore", Outcome.FAILURE)
+
+
+def clean(context: Context) -> None:
+    """Servers and sockets are gone; what was restored stays."""
+    call_tm(context, context.caller, "post_restore", Outcome.SUCCESS)
+
+
+def _prepare(context: Context) -> Mapping[str, Any]:
+    plan = _restore_plan(context)
+    names = context.facts["names"]
+    disks = {
+        disk.disk_id: NewDisk(disk.disk_id, names[str(disk.disk_id)], disk.size_bytes) for disk in plan.disks
     }
+    try:
+        return {"targets": prepare_targets(context, disks, dict(plan.files), context.facts["format"])}
+    except Conflict as error:
+        raise Conflict(error.message, hint="Choose an empty directory with --to.") from error
 
 
 def _download(context: Context) -> Mapping[str, Any]:
+    """All disks side by side. `Salvaged` is an answer, any other error the end of all."""
     plan = _restore_plan(context)
-    directory = Path(context.facts["directory"])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc, say
-        raise InvalidInput(f"--to: {directory} cannot be made: {error.strerror}") from error
-    for made in context.facts["made_directories"]:
-        Path(made).chmod(0o755)  # QEMU runs as another user; the files themselves are private
-    partials = context.facts["partials"]
-    salvaged = []
-    for disk in plan.disks:
-        context.check_cancelled()
-        damaged = f"disk {disk.disk_id} could not be proved by a restore"
-        target = partials[str(directory / context.facts["names"][str(disk.disk_id)])]
+    targets = {
+        int(disk_id): DiskTarget(int(disk_id), *target)
+        for disk_id, target in context.facts["targets"].items()
+    }
+    damage: dict[int, DataCorrupt] = {}
+
+    def fetch(disk: StoredDisk, caller: Caller) -> str:
         try:
-            _download_disk(context, disk, target)
-        except DataCorrupt as damage:
-            found_while_reading(context, plan.backup_id, f"{damaged}: {damage}")
+            return _download_disk(context, caller, disk, targets[disk.disk_id])
+        except DataCorrupt as error:
+            damage[disk.disk_id] = error
             raise
-        except Salvaged as damage:
-            found_while_reading(context, plan.backup_id, f"{damaged}: {damage}")
-            salvaged.append(f"disk {disk.disk_id}: {damage}")
-    for name, data in plan.files:
-        _write_new(Path(partials[str(directory / name)]), data)
-    made = {final: list(_identity(Path(partial))) for final, partial in partials.items()}
-    return {"made": made, "salvaged": salvaged}
+
+    try:
+        found = call_together(
+            context,
+            {disk.disk_id: partial(fetch, disk) for disk in plan.disks},
+            at_a_time=context.services.settings.disks_at_a_time,
+            expected_bytes={disk.disk_id: _expected_bytes(context, disk) for disk in plan.disks},
+        )
+    finally:
+        for disk_id, error in damage.items():
+            _enter_damage(context, plan, disk_id, error)
+    salvaged = []
+    for disk_id, text in found.items():
+        if text:
+            _enter_damage(context, plan, disk_id, text)
+            salvaged.append(f"disk {disk_id}: {text}")
+    return {"salvaged": salvaged}
 
 
-def _download_disk(context: Context, disk: StoredDisk, target: str) -> None:
-    Path(target).unlink(missing_ok=True)
-    options = {"URL": disk.url, "FORMAT": context.facts["format"], "TARGET": target}
+def _download_disk(context: Context, caller: Caller, disk: StoredDisk, target: DiskTarget) -> str:
+    """What was salvaged, in words; empty if all of the disk could be proved."""
+    options = {"URL": disk.url, "FORMAT": target.format, "TARGET": target.target}
     if context.arguments.get("salvage"):
         options["SALVAGE"] = "YES"
     services = context.services
     image = services.image(context.integer("image_id"))
     try:
-        stored.call_image(services, context.caller, "download", image, options)
+        stored.call_image(services, caller, "download", image, options)
+    except Salvaged as salvaged:
+        return str(salvaged)
     except DataCorrupt as error:
         raise DataCorrupt(
             error.message,
             hint="An older increment may be whole (--increment); --salvage fills what is lost with zeros.",
         ) from error
+    return ""
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _enter_damage(context: Context, plan: RestorePlan, disk_id: int, damage: object) -> None:
+    found_while_reading(context, plan.backup_id, f"disk {disk_id} could not be proved by a restore: {damage}")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat(follow_symlinks=False)
-    return status.st_dev, status.st_ino
-
-
-def _remove_partials(context: Context) -> None:
-    """Undo of DOWNLOAD: the partial files, and the directories that were made for them."""
-    for partial in context.facts.get("partials", {}).values():
-        Path(partial).unlink(missing_ok=True)
-    for directory in context.facts.get("made_directories", ()):
-        try:
-            Path(directory).rmdir()
-        except OSError:
-            return
+def _expected_bytes(context: Context, disk: StoredDisk) -> int:
+    """About how much there is to read for a disk: the files of its chain, as far as they are known."""
+    total = 0
+    for _, backup_id in parse_url(disk.url).chain:
+        with suppress(OnedBackupError):
+            manifest = stored.manifest_of(context.services, backup_id)
+            there = manifest.disk(disk.disk_id)
+            file = manifest.file(there.file) if there else None
+            total += file.size_bytes if file else 0
+    return total
 
 
 def _place(context: Context) -> Mapping[str, Any]:
-    """Give everything its name. The transfer manager knows how for disks; the rest is linked here."""
-    directory = Path(context.facts["directory"])
-    disks = {str(directory / name) for name in context.facts["names"].values()}
-    for final, partial in context.facts["partials"].items():
-        if final in disks:
-            context.caller.tm(
-                "restore", context.text("tm_mad", "qcow2"), options={"PATH": partial, "TARGET": final}
-            )
-        else:
-            _rename_new(Path(partial), Path(final))
-    _sync_directory(directory)
-    return {"placed": sorted(context.facts["partials"])}
-
-
-def _rename_new(partial: Path, final: Path) -> None:
-    """Rename unless `final` exists: a link is refused where a rename would replace."""
-    try:
-        os.link(partial, final, follow_symlinks=False)
-    except FileExistsError as error:
-        raise Conflict(f"{final} exists already") from error
-    except PermissionError as error:
-        raise PermissionDenied(f"{final}: {error.strerror}") from error
-    partial.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unplace(context: Context) -> None:
-    """Undo of PLACE: the files that are the ones we made, whoever has put others there."""
-    for final, identity in context.facts.get("made", {}).items():
-        path = Path(final)
-        try:
-            if list(_identity(path)) == identity:
-                path.unlink()
-        except FileNotFoundError:
-            continue
+    names = [*context.facts["names"].values(), *context.facts["files"]]
+    call_tm(context, context.caller, "restore", NAMES=",".join(names))
+    return {"placed": sorted(str(Path(context.facts["directory"]) / name) for name in names)}
 
 
 def _define(context: Context) -> Mapping[str, Any]:
@@ -302,6 +320,8 @@ def _keep_if_defined(context: Context) -> None:
     host = context.services.host(context.arguments["define_host_id"])
     name = context.facts["name"]
     if name in {domain.name for domain in list_domains(context.caller, host)}:
+        with suppress(OnedBackupError):
+            clean(context)
         raise Conflict(
             f"domain {name} is defined on {host.name} and uses the files in {context.facts['directory']}:"
             " they are kept"
@@ -319,9 +339,11 @@ RESTORE = OperationKind(
     name="restore",
     steps=(
         Step("PLAN", do=_plan),
-        Step("DOWNLOAD", do=_download, intend=_partials, undo=Undo("REMOVE", _remove_partials)),
-        Step("PLACE", do=_place, undo=Undo("UNPLACE", _unplace)),
-        Step("DEFINE", do=_define, undo=Undo("KEEP", _keep_if_defined, guards=True)),
+        Step("PREPARE", do=_prepare, undo=Undo("REMOVE", remove_all)),
+        Step("DOWNLOAD", do=_download),
+        Step("PLACE", do=_place),
+        Step("DEFINE", do=_define, undo=Undo("KEEP", _keep_if_defined, guards=True), commits=True),
+        Step("CLEAN", do=clean),
     ),
     result=lambda context: dict(_result(context)),
 )

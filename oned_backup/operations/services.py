@@ -206,6 +206,8 @@ class Caller:
 _DEADLINES = {
     "pre_backup": "pre_backup_s",
     "pre_backup_live": "pre_backup_s",
+    "pre_restore": "pre_backup_s",
+    "post_restore": "post_backup_s",
     "post_backup": "post_backup_s",
     "post_backup_live": "post_backup_s",
     "backup": "transfer_s",

@@ -10,9 +10,10 @@ from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.exports import Exports
 from oned_backup.contract.request import Backup, Outcome, Request
+from oned_backup.contract.targets import targets_from_xml
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
-from oned_backup.errors import Busy, DriverFailed, NotFound, Unavailable
+from oned_backup.errors import Busy, Conflict, NotFound, Unavailable
 from oned_backup.hypervisor.dummy import DummyDomain, DummyHost
 from oned_backup.model.backup_config import BackupConfig, FsFreeze
 from oned_backup.model.host import new_host
@@ -119,7 +120,7 @@ def test_hypervisor_actions(lab: Lab, tmp_path: Path) -> None:
     assert not lab.hypervisor.find("sim-1").frozen
     lab.vmm("abort_backup", DOMAIN=domain.uuid, SOCKET_DIR=str(tmp_path))
     definition = domain.to_xml()
-    with pytest.raises(DriverFailed, match="already"):
+    with pytest.raises(Conflict, match="already"):
         lab.vmm("define", DOMAIN=xmldoc.serialize(definition))
     xmldoc.put(definition, "name", "sim-2")
     assert lab.vmm("define", DOMAIN=xmldoc.serialize(definition)) == {"DEPLOY_ID": "sim-2"}
@@ -132,12 +133,37 @@ def test_hypervisor_actions(lab: Lab, tmp_path: Path) -> None:
         lab.vmm("dump_xml", DOMAIN="sim-3")
 
 
-def test_restored_file_never_replaces_another(lab: Lab, tmp_path: Path) -> None:
-    made, target = tmp_path / "made", tmp_path / "target"
-    made.write_bytes(b"new")
-    assert lab.tm("restore", None, PATH=str(made), TARGET=str(target)) == {"PATH": str(target)}
-    assert not made.exists()
-    made.write_bytes(b"newer")
-    with pytest.raises(DriverFailed, match="exists already"):
-        lab.tm("restore", None, PATH=str(made), TARGET=str(target))
-    assert target.read_bytes() == b"new"
+def test_what_is_restored_replaces_nothing_and_can_be_taken_back(lab: Lab, tmp_path: Path) -> None:
+    (lab.directory / "files" / "domain.xml").write_text("<domain/>")
+    target = tmp_path / "deep" / "er"
+    where = {"DIRECTORY": str(target), "SOCKET_DIR": str(tmp_path / "nbd")}
+    names = "disk.0.raw,domain.xml"
+
+    def prepare() -> Path:
+        answer = lab.tm("pre_restore", None, **where, DISKS="0:disk.0.raw:1048576", FORMAT="raw")
+        disk = targets_from_xml(xmldoc.parse(answer["TARGETS"]))[0]
+        assert disk.format == "raw"
+        Path(disk.target).write_bytes(b"new")
+        return Path(disk.target)
+
+    prepare()
+    made = prepare()  # again: what the first call made is gone
+    assert not target.exists()
+    for _ in range(2):
+        lab.tm("restore", None, **where, NAMES=names)
+    assert (target / "disk.0.raw").read_bytes() == b"new"
+    assert (target / "disk.0.raw").stat().st_mode & 0o777 == 0o600
+    (target / "theirs").touch()
+    (target / "domain.xml").unlink()
+    (target / "domain.xml").write_text("theirs")
+    lab.tm("post_restore", None, **where, outcome=Outcome.FAILURE)
+    assert sorted(path.name for path in target.iterdir()) == ["domain.xml", "theirs"]
+    assert not made.parent.exists()
+    with pytest.raises(Conflict, match="domain.xml exists already"):
+        prepare()
+    (target / "domain.xml").unlink()
+    prepare()
+    lab.tm("restore", None, **where, NAMES=names)
+    for _ in range(2):
+        lab.tm("post_restore", None, **where, outcome=Outcome.SUCCESS)
+    assert sorted(path.name for path in target.iterdir()) == ["disk.0.raw", "domain.xml", "theirs"]

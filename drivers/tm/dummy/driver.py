@@ -24,6 +24,7 @@ from oned_backup.contract.exports import (
     disk_file_name,
 )
 from oned_backup.contract.request import Request
+from oned_backup.contract.targets import targets_to_xml
 from oned_backup.disk.buffers import Batch, Part, batches
 from oned_backup.disk.image import VirtualImage
 from oned_backup.disk.ordered import OrderedFill
@@ -37,7 +38,7 @@ from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import Vm
 from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.sdk.files import BLOCKS_SUFFIX
-from oned_backup.sdk.publish import publish_path
+from oned_backup.transfer import restoring
 
 
 class Dummy(Driver):
@@ -66,11 +67,17 @@ class Dummy(Driver):
 
     post_backup_live = post_backup
 
-    def restore(self, call: Call) -> Answer:
-        """A restored image under its final name."""
-        target = Path(call.option("TARGET"))
-        publish_path(Path(call.option("PATH")), target)
-        return {"PATH": str(target)}
+    def pre_restore(self, call: Call) -> Answer:
+        """Where to write the disks that are restored."""
+        return {"TARGETS": targets_to_xml(restoring.pre_restore(call.request, call.source_dir))}
+
+    def restore(self, call: Call) -> None:
+        """What was restored has its names."""
+        restoring.restore(call.request)
+
+    def post_restore(self, call: Call) -> None:
+        """Nothing is left of it but a restore that succeeded."""
+        restoring.post_restore(call.request)
 
 
 class SparseFile:

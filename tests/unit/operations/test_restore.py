@@ -11,9 +11,11 @@ import pytest
 from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
 from oned_backup.contract.request import Request
+from oned_backup.contract.targets import targets_to_xml
 from oned_backup.errors import DataCorrupt, DriverFailed, NoSpace, Salvaged
 from oned_backup.runner.run import Cancellation
 from oned_backup.store import BackupState, OperationState
+from oned_backup.transfer import restoring
 
 from .conftest import DOMAIN, World
 
@@ -35,14 +37,23 @@ def stored(world: World) -> World:
     def restore(request: Request) -> dict[str, str]:
         if request.datastore is not None:
             return plan(request)
-        Path(request.options["PATH"]).rename(request.options["TARGET"])
-        return {"PATH": request.options["TARGET"]}
+        restoring.restore(request)
+        return {}
+
+    def pre_restore(request: Request) -> dict[str, str]:
+        source = world.services.settings.work_dir / request.operation_id / "source"
+        return {"TARGETS": xmldoc.serialize(targets_to_xml(restoring.pre_restore(request, source)))}
+
+    def post_restore(request: Request) -> dict[str, str]:
+        restoring.post_restore(request)
+        return {}
 
     def download(request: Request) -> dict[str, str]:
         Path(request.options["TARGET"]).write_bytes(b"disk")
         return {}
 
     world.drivers.answers |= {"restore": restore, "download": download}
+    world.drivers.answers |= {"pre_restore": pre_restore, "post_restore": post_restore}
     world.drivers.answers["define"] = lambda _request: {"DEPLOY_ID": "web-restored-1"}
     backup_id = world.services.store.backups()[0].backup_id
     usual = world.drivers.answers["restore"]
@@ -64,7 +75,7 @@ def test_all_that_is_restored_has_its_name(stored: World, tmp_path: Path) -> Non
     assert "web-restored-1" in define.options["DOMAIN"]
 
 
-@pytest.mark.parametrize("action", ["download", "restore", "define"])
+@pytest.mark.parametrize("action", ["pre_restore", "download", "restore", "define"])
 def test_a_failure_leaves_nothing(stored: World, tmp_path: Path, action: str) -> None:
     error = DriverFailed("broken")
     # `restore` is the store's plan first, and then the transfer manager's placing
@@ -185,6 +196,6 @@ def test_a_vm_is_not_defined_over_selected_disks(stored: World, tmp_path: Path) 
 
 def test_a_directory_that_cannot_be_made_is_no_fault_of_ours(stored: World) -> None:
     failed = stored.run("restore", image_id=0, to="/proc/no/such")
-    assert json.loads(failed.error)["code"] == "InvalidInput"
+    assert json.loads(failed.error)["code"] == "NotFound"
     failed = stored.run("restore", image_id=0, to="/srv/a\0b")
     assert json.loads(failed.error)["code"] == "InvalidInput"
