@@ -7,6 +7,7 @@ environment and costs nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Answer: TypeAlias = "Mapping[str, str | int | xmldoc.Element]"
 
 _DATASTORE_PREFIX = "ODB_DS_"
+#: zstd's own default, and QEMU's
+_ZSTD_LEVEL = 3
+_ZSTD = re.compile(r"zstd(?::(1[0-9]|[1-9]))?")
 
 
 class Call:
@@ -102,6 +106,17 @@ class Call:
         return self._environ.get("ODB_TRANSFER", "stream")
 
     @property
+    def zstd_level(self) -> int | None:
+        """How hard to compress, by the datastore's COMPRESSION (`zstd` or `zstd:LEVEL`); None: not at all."""
+        wanted = self.parameters.get("COMPRESSION", "none")
+        if wanted == "none":
+            return None
+        found = _ZSTD.fullmatch(wanted)
+        if found is None:
+            raise Misconfigured(f"COMPRESSION '{wanted[:40]}' is none of none, zstd, zstd:1 to zstd:19")
+        return int(found[1] or _ZSTD_LEVEL)
+
+    @property
     def deadline(self) -> int | None:
         """Unix time at which the daemon will end the action; None if it set none."""
         value = self._environ.get("ODB_DEADLINE", "")
@@ -132,6 +147,11 @@ class Call:
         if name not in self.secrets:
             raise Misconfigured(f"parameter {name} is missing")
         return self.secrets[name]
+
+    def secret_path(self, name: str) -> Path:
+        """The file with a secret parameter, for programs that read it from there; it is ours alone."""
+        self.secret(name)  # so that the value never appears in a line of ours
+        return Path(self._variable("ODB_SECRETS_DIR")) / checked_name(name, "secret parameter")
 
     def option(self, name: str, default: str | None = None) -> str:
         """What the caller set in TEMPLATE; without a default, `InvalidInput` if it is absent."""

@@ -1,0 +1,127 @@
+"""Backups in restic repositories, one a VM, on a server reached by SFTP or in a bucket of S3.
+
+`restic.store` says what lies there; `sdk.folder_store` has the actions that read, by way of
+`restic mount`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from oned_backup.contract.documents import Catalogue
+from oned_backup.errors import DataCorrupt, NotFound
+from oned_backup.model.manifest import Manifest
+from oned_backup.restic.store import Store
+from oned_backup.sdk import Answer, Call, restore_points
+from oned_backup.sdk.folder_store import (
+    FolderStore,
+    finished_name,
+    finished_names,
+    merged_files,
+    one_line,
+    refuse_parents,
+    stored_answer,
+)
+from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.stored import Manifests
+
+if TYPE_CHECKING:
+    from oned_backup.sdk.files import BackupFiles
+
+
+class ResticDatastore(FolderStore):
+    """All actions; those that read see a mounted repository."""
+
+    scheme = "restic"
+
+    @contextmanager
+    def open_vm(self, call: Call, vm_id: int) -> Iterator[Folder]:
+        """The finished backups of a VM."""
+        with Store(call).opened(vm_id) as folder:
+            yield folder
+
+    def backup(self, call: Call) -> Answer:
+        """Have restic store the files as they are made."""
+        return stored_answer(self._stored(call, call.files))
+
+    def increment_flatten(self, call: Call) -> Answer:
+        """Store the merged backup beside those that it replaces, as a backup is stored."""
+        from oned_backup.sdk.flatten import flattened  # noqa: PLC0415 - loads the data engine
+
+        with self.open_vm(call, call.vm_id) as folder:
+            return flattened(call, self._stored(call, lambda: merged_files(call, folder)))
+
+    def backup_cancel(self, call: Call) -> None:
+        """Forget what an unfinished backup left, and free it."""
+        store, backup_id = Store(call), finished_name(call.backup_id)
+        try:
+            with store.opened(call.vm_id) as folder:
+                if folder.has(backup_id):
+                    return
+                left = folder.restic_snapshots(backup_id)
+        except NotFound:
+            return
+        repository = store.repository(call.vm_id)
+        store.forget(repository, left)
+        store.free_unreferenced(repository)
+
+    def rm(self, call: Call) -> None:
+        """Forget backups that no other one continues; a later prune frees their space."""
+        store, ids = Store(call), [finished_name(name) for name in restore_points.meant_backups(call)]
+        try:
+            with store.opened(call.vm_id) as folder:
+                refuse_parents(call, folder, ids)
+                left = [short for backup_id in ids for short in folder.restic_snapshots(backup_id)]
+        except NotFound:
+            return
+        store.forget(store.repository(call.vm_id), left)
+
+    def monitor(self, call: Call) -> Answer:
+        """How full the server's file system is."""
+        store = Store(call)
+        total, used, free = store.space_mb()
+        return {"TOTAL_MB": total, "USED_MB": used, "FREE_MB": free}
+
+    def catalogue(self, call: Call) -> Answer:
+        """The manifests of all finished backups."""
+        store = Store(call)
+        manifests, unreadable = [], []
+        for vm in store.vms():
+            try:
+                with store.opened(vm) as folder:
+                    load = Manifests(folder)
+                    for backup_id in finished_names(folder):
+                        try:
+                            manifests.append(one_line(load(backup_id)))
+                        except DataCorrupt as error:
+                            unreadable.append((f"{vm}/{backup_id}", error.message))
+            except DataCorrupt as error:
+                unreadable.append((vm, error.message))
+        return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
+
+    def _stored(self, call: Call, open_files: Callable[[], BackupFiles]) -> Manifest:
+        """The manifest of the call's backup, which is stored unless it is there already."""
+        store, backup_id = Store(call), finished_name(call.backup.id)
+        manifest = store.store(call.vm_id, backup_id, open_files)
+        if manifest is None:
+            manifest = self._asked_again(call, store, backup_id, open_files)
+        return manifest
+
+    def _asked_again(
+        self, call: Call, store: Store, backup_id: str, open_files: Callable[[], BackupFiles]
+    ) -> Manifest:
+        """The manifest of what is there; if it is not whole it is forgotten and made anew."""
+        with store.opened(call.vm_id) as folder:
+            if folder.has(backup_id):
+                return Manifests(folder)(backup_id)
+            left = folder.restic_snapshots(backup_id)
+        store.forget(store.repository(call.vm_id), left)
+        manifest = store.store(call.vm_id, backup_id, open_files)
+        if manifest is None:
+            raise NotFound(f"backup {backup_id} comes and goes")
+        return manifest
+
+
+DRIVER = ResticDatastore()

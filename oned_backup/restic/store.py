@@ -1,0 +1,300 @@
+"""A datastore of restic's: one repository a VM, one restic_snapshot a backup, tagged with its id.
+
+    BASE_PATH/.oned-backup-store    the marker: this is a store, and it is mounted (SFTP)
+    BASE_PATH/<vm id>/              a restic repository
+    BASE_PATH/.new-<vm id>-<hex>/   one in the making
+
+A repository gets its name when it is complete, by a rename that cannot replace another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oned_backup.errors import (
+    Busy,
+    Cancelled,
+    DataCorrupt,
+    DriverFailed,
+    NoSpace,
+    NotFound,
+    OnedBackupError,
+    Unavailable,
+)
+from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.restic import program
+from oned_backup.restic.program import Repository, Started
+from oned_backup.restic.settings import Settings, repository, settings_of
+from oned_backup.restic.view import TAG, StoredBackups
+from oned_backup.sdk import Call, sftp
+from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT, images_are_known
+from oned_backup.sdk.mounted import mounted
+from oned_backup.sdk.process import Completed
+
+if TYPE_CHECKING:
+    from oned_backup.sdk.files import BackupFiles
+
+_HOST = "oned-backup"
+#: less than this on a server that reports "Failure": it is full
+_FULL_KB = 64 * 1024
+
+
+class AlreadyThere(Exception):
+    """A finished backup of that id may be there."""
+
+
+class Store:
+    """The datastore of a call."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.settings: Settings = settings_of(call)
+        for warning in self.settings.warnings():
+            call.warn(warning)
+
+    def repository(self, vm_id: int | str) -> Repository:
+        """A VM's repository."""
+        return repository(self.call, self.settings, str(vm_id))
+
+    @contextmanager
+    def opened(self, vm_id: int | str) -> Iterator[StoredBackups]:
+        """A VM's finished backups, to read; `NotFound` if there is no repository.
+
+        `Unavailable` if the place does not even look like a store.
+
+        What restic says about a read that failed tells damage from a server that is gone.
+        """
+        repo = self.repository(vm_id)
+        flags = ["--no-cache"] if self.call.action == "verify" else []
+        directory = Path(tempfile.mkdtemp(prefix="repository-", dir=".")).absolute()
+        try:
+            with repo.mounted(directory, *flags) as started:
+                said = started.so_far().stderr.decode("utf-8", "replace")
+                unreadable = said.count("could not load snapshot") + said.count("Ignoring ")
+                path = Path(str(self.settings.base / str(vm_id)))
+                try:
+                    with StoredBackups(directory, path, unreadable=unreadable) as folder:
+                        yield folder
+                except (DataCorrupt, OSError) as error:
+                    raise _read_failure(repo, started, error) from error
+        except NotFound as error:
+            if "there is no repository" in error.message:
+                self.require_marker()
+            raise
+
+    def store(self, vm_id: int, backup_id: str, open_files: Callable[[], BackupFiles]) -> Manifest | None:
+        """Store the files as a backup; None if a restic_snapshot of that id is there already."""
+        repo = self.repository(vm_id)
+        with repo.start("snapshots", "--no-lock", "--json", "--tag", TAG + backup_id) as asked:
+            try:
+                with open_files() as files:
+                    return self._store(repo, vm_id, backup_id, files, asked)
+            except AlreadyThere:
+                return None
+            except (OnedBackupError, OSError):
+                # the exports of a backup that was finished long ago are gone
+                if _found(asked.wait()):
+                    return None
+                raise
+
+    def forget(self, repo: Repository, short_ids: list[str]) -> None:
+        """Forget restic_snapshots; what only they needed is freed by a prune."""
+        if short_ids:
+            repo.must("forget", *short_ids)
+
+    def free_unreferenced(self, repo: Repository) -> None:
+        """Remove the packs that a broken backup left, without moving any others."""
+        repo.must("prune", "--max-repack-size", "0")
+
+    def vms(self) -> list[str]:
+        """The VMs that have a repository."""
+        try:
+            found = sftp.names(self.settings.target, self.settings.base)
+        except NotFound as error:
+            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
+        return [name for name in found if name.isdecimal() and name.isascii()]
+
+    def space_mb(self) -> tuple[int, int, int]:
+        """Total, used and free MB of the file system."""
+        try:
+            total, used, free = sftp.space_kb(self.settings.target, self.settings.base)
+        except NotFound as error:
+            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
+        return total >> 10, used >> 10, free >> 10
+
+    def require_marker(self) -> None:
+        """`Unavailable` unless the place is known to be a store."""
+        if self.settings.s3:
+            return
+        try:
+            if MARKER in sftp.names(self.settings.target, self.settings.base):
+                return
+        except NotFound as error:
+            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
+        raise Unavailable(
+            f"{self.settings.target}:{self.settings.base} has no {MARKER}, but backups are known to be there",
+            hint="Is it mounted?",
+        )
+
+    def create(self, vm_id: int) -> None:
+        """Make a VM's repository. Another that was made meanwhile is as good."""
+        call, settings = self.call, self.settings
+        if images_are_known(call) or (call.request.backup and call.request.backup.parent_id):
+            self.require_marker()
+        if call.request.backup and call.request.backup.parent_id:
+            raise NotFound(
+                f"{settings.location(str(vm_id)).url}: there is no repository, but there were backups"
+            )
+        if settings.s3:
+            self.repository(vm_id).must("init")
+            return
+        self._write_marker()
+        new = f".new-{vm_id}-{os.urandom(4).hex()}"
+        self.repository(new).must("init")
+        source, target = (sftp.path_argument(settings.base / name) for name in (new, str(vm_id)))
+        try:
+            sftp.batch(settings.target, [f"rename {source} {target}"])
+        except DriverFailed:
+            self._remove_new(new)
+            if str(vm_id) not in self.vms():
+                raise
+
+    def _write_marker(self) -> None:
+        settings = self.settings
+        try:
+            if MARKER in sftp.names(settings.target, settings.base):
+                return
+        except NotFound as error:
+            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
+        local = Path("marker")
+        local.write_bytes(MARKER_TEXT)
+        put = f"put {sftp.path_argument(str(local.absolute()))} {sftp.path_argument(settings.base / MARKER)}"
+        sftp.batch(settings.target, [put])
+
+    def _remove_new(self, new: str) -> None:
+        place = self.settings.base / new
+        folders = [
+            "keys",
+            "snapshots",
+            "index",
+            "locks",
+            *(f"data/{number:02x}" for number in range(256)),
+            "data",
+        ]
+        commands = [
+            f"-rm {sftp.path_argument(place / 'config')}",
+            f"-rm {sftp.path_argument(place / 'keys')}/*",
+        ]
+        commands += [f"-rmdir {sftp.path_argument(place / name)}" for name in folders]
+        with suppress(OnedBackupError):
+            sftp.batch(self.settings.target, [*commands, f"-rmdir {sftp.path_argument(place)}"])
+
+    def _store(
+        self, repo: Repository, vm_id: int, backup_id: str, files: BackupFiles, asked: Started
+    ) -> Manifest:
+        top = Path("shown").absolute()
+        saved: list[str] = []
+        try:
+            with mounted(files, top / str(vm_id) / "backup"):
+                self._run_backup(repo, vm_id, backup_id, asked, saved)
+            return parse_manifest(b"".join(bytes(chunk) for chunk in files.manifest().chunks()))
+        except BaseException as error:
+            if not isinstance(error, Cancelled | AlreadyThere):
+                with suppress(OnedBackupError):  # backup_cancel will
+                    self.forget(repo, saved)
+            raise
+
+    def _run_backup(
+        self, repo: Repository, vm_id: int, backup_id: str, asked: Started, saved: list[str]
+    ) -> None:
+        """Until restic has stored everything; `saved` gets the id of what it saved, whole or not."""
+        words = ["backup", "--force", "--json", "--host", _HOST]
+        words += ["--tag", TAG + backup_id, "--tag", f"vm={vm_id}", f"{vm_id}/backup"]
+        created = False
+        for _ in repo.awaited():
+            while True:
+                with repo.start(*words, cwd=Path("shown").absolute()) as storing:
+                    _first_ended(asked, storing)
+                    done = storing.wait()
+                if not (isinstance(error := repo.error(done), NotFound) and done.returncode) or created:
+                    break
+                self.create(vm_id)
+                created = True
+            saved += _summary_ids(done)
+            if done.returncode == 0:
+                return
+            if done.returncode == program.INCOMPLETE and saved:
+                raise DriverFailed(f"restic could not read everything: {done.last_words}")
+            error = self._explained(error, done.stderr)
+            if not isinstance(error, Busy):
+                break
+        raise error
+
+    def _explained(self, error: OnedBackupError, stderr: bytes) -> OnedBackupError:
+        """SFTP has no word for a full disk: it says "Failure"."""
+        if self.settings.s3 or not (isinstance(error, NoSpace) or b"Failure" in stderr):
+            return error
+        try:
+            free_kb = sftp.space_kb(self.settings.target, self.settings.base)[2]
+        except OnedBackupError:
+            return error
+        if free_kb > _FULL_KB and not isinstance(error, NoSpace):
+            return error
+        return NoSpace(
+            f"{self.settings.target}:{self.settings.base}: {free_kb >> 10} MB free", hint="Make room there."
+        )
+
+
+def _first_ended(asked: Started, storing: Started) -> None:
+    """Until `storing` has ended; `AlreadyThere` as soon as `asked` has found something."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(storing, selectors.EVENT_READ)
+        selector.register(asked, selectors.EVENT_READ)
+        known = False
+        while not storing.ended or not known:
+            selector.select()
+            if asked.ended and not known:
+                known = True
+                selector.unregister(asked)
+                if _found(asked.wait()):
+                    raise AlreadyThere
+            if storing.ended and not known:
+                asked.wait()
+
+
+def _found(asked: Completed) -> bool:
+    if asked.returncode != 0:
+        return False
+    try:
+        return bool(json.loads(asked.stdout or b"[]"))
+    except ValueError as error:
+        raise DriverFailed(f"restic snapshots: {error}") from error
+
+
+def _summary_ids(done: Completed) -> list[str]:
+    """The restic_snapshot that `backup --json` has saved."""
+    found = []
+    for line in done.stdout.splitlines():
+        with suppress(ValueError):
+            message: Any = json.loads(line)
+            if isinstance(message, dict) and message.get("message_type") == "summary":
+                found.append(str(message["snapshot_id"]))
+    return found
+
+
+def _read_failure(repo: Repository, started: Started, error: DataCorrupt | OSError) -> BaseException:
+    """What restic knows about a read that failed, or the error itself."""
+    said = started.so_far()
+    known = program.kind_of(said.stderr.decode("utf-8", "replace"))
+    if known is Unavailable or started.ended:
+        return Unavailable(repo.error(said).message)
+    if isinstance(error, OSError) and known is DataCorrupt:
+        return DataCorrupt(f"{error.filename or repo.location.url}: {repo.error(said).message}")
+    return error
