@@ -194,7 +194,7 @@ def _manifest_view(point: Backup) -> JSON:
             "excluded": [],
             "manifest_error": str(error),
         }
-    stored = {file.name: file.size_bytes for file in manifest.files}
+    stored = {file.name: file for file in manifest.files}
     return {
         "type": manifest.type,
         "date": manifest.date,
@@ -207,7 +207,8 @@ def _manifest_view(point: Backup) -> JSON:
                 "reason": disk.reason,
                 "text": disk.text,
                 "size_bytes": disk.size_bytes,
-                "stored_bytes": stored.get(disk.file, 0),
+                "stored_bytes": stored[disk.file].size_bytes if disk.file in stored else 0,
+                "uncompressed_bytes": stored[disk.file].uncompressed_bytes if disk.file in stored else 0,
             }
             for disk in manifest.disks
         ],

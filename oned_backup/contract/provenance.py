@@ -50,7 +50,7 @@ def manifest_of(request: Request, exports: Exports, files: Sequence[StoredFile])
             }
             for disk in exports.excluded
         ],
-        "files": [asdict(file) for file in files],
+        "files": [file.to_json() for file in files],
     }
 
 

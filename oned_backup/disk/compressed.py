@@ -67,7 +67,6 @@ class CompressedImage(OnePass):
         self._placed = _Placed(plain)
         super().__init__(source, self._placed, checksums=checksums)
         self.head_bytes = plain.data_offset
-        #: size of the file if it were not compressed
         self.uncompressed_bytes = plain.size_bytes
         self._level = level
 

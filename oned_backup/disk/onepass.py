@@ -21,6 +21,8 @@ class OnePass:
 
     #: `chunks` gives what is to be stored from this offset on; see `head`
     head_bytes = 0
+    #: of a compressed file: the size that it would have
+    uncompressed_bytes = 0
 
     def __init__(self, source: Source, layout: Layout, *, checksums: bool) -> None:
         self._source = source

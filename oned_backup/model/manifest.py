@@ -6,12 +6,16 @@
                 "disks": [{"disk_id", "target", "type", "reason", "text", "file", "parent_id",
                            "size_bytes", "format", "source", "source_id", "backing": […]}],
                 "excluded": [{"disk_id", "target", "reason", "text"}],
-                "files": [{"name", "size_bytes", "blake3"}],
+                "files": [{"name", "size_bytes", "blake3", "hash_from", "uncompressed_bytes"}],
                 "replaces": ["…"], "stands_for": ["…"]}}                 of merged ones only
 
 The manifest is the last file of a backup to be written: a restore point exists
 if and only if its manifest is durable. Canonical means UTF-8, sorted keys,
 no white space. Unknown keys are kept.
+
+`hash_from` and `uncompressed_bytes` are of compressed files only. Their digest
+is of the bytes from that offset to the end and then of those before it: the
+order in which they are written.
 
 A merged backup (see `increment_flatten`) `replaces` all that went into it, and
 `stands_for` those of them that had the same content: the newest, and what that
@@ -28,7 +32,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from blake3 import blake3
@@ -39,15 +43,26 @@ from oned_backup.model.names import checked_name
 FORMAT = "oned-backup manifest"
 VERSION = 1
 FILE_NAME = "manifest.json"
+_ALWAYS = {"name", "size_bytes", "blake3"}
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of the backup and what it must hash to (64 hex digits)."""
+    """A file of the backup and what it must hash to (64 hex digits).
+
+    The digest is of the bytes from `hash_from` to the end, then of those before
+    it. `uncompressed_bytes`: the size it would have; 0 if it is not compressed.
+    """
 
     name: str
     size_bytes: int
     blake3: str
+    hash_from: int = 0
+    uncompressed_bytes: int = 0
+
+    def to_json(self) -> dict[str, str | int]:
+        """Its entry in the manifest."""
+        return {name: value for name, value in asdict(self).items() if value or name in _ALWAYS}
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,13 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         for disk in backup["disks"]
     )
     files = tuple(
-        StoredFile(checked_name(file["name"], "file"), int(file["size_bytes"]), str(file["blake3"]))
+        StoredFile(
+            checked_name(file["name"], "file"),
+            int(file["size_bytes"]),
+            str(file["blake3"]),
+            int(file.get("hash_from", 0)),
+            int(file.get("uncompressed_bytes", 0)),
+        )
         for file in backup["files"]
     )
     return Manifest(

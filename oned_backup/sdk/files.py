@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +25,7 @@ from oned_backup.model.manifest import StoredFile, dump_manifest
 
 if TYPE_CHECKING:
     from oned_backup.disk.image import VirtualImage
+    from oned_backup.disk.onepass import OnePass
     from oned_backup.sdk.call import Call
 
 #: beside the file of a disk: the digests of its clusters
@@ -36,7 +37,12 @@ Chunk = bytes | memoryview
 
 @dataclass
 class BackupFile:
-    """A file to store. Read `chunks()` once, to the end; a chunk is valid until the next one."""
+    """A file to store. Read `chunks()` once, to the end; a chunk is valid until the next one.
+
+    Where the store compresses, the size of an image and of its digests is the most
+    that it can be until it was read. The first `head_bytes` bytes of a compressed
+    image are known last: `chunks()` has what follows them, `head()` gives them.
+    """
 
     name: str
     size_bytes: int
@@ -45,11 +51,24 @@ class BackupFile:
     blake3: str = ""
     _hash_of: Callable[[], str] | None = None
     _advance: Callable[[int], None] = field(default=lambda _: None)
+    head_bytes: int = 0
+    #: of a compressed image: the size that it would have
+    uncompressed_bytes: int = 0
+    _head: Callable[[], Iterable[Chunk]] = tuple
+    _size_of: Callable[[], int] | None = None
+
+    def stored(self) -> StoredFile:
+        """Its entry in the manifest, when it was read to the end."""
+        return StoredFile(self.name, self.size_bytes, self.blake3, self.head_bytes, self.uncompressed_bytes)
+
+    def head(self) -> Iterable[Chunk]:
+        """The first `head_bytes` bytes of the file, after `chunks()` has come to its end."""
+        return self._head()
 
     def chunks(self) -> Iterator[Chunk]:
-        """The content, in order; raises if it is not `size_bytes` long."""
+        """The content from `head_bytes` on, in order; raises if it is not as long as it should be."""
         own_hash = None if self._hash_of else blake3()
-        done = 0
+        done = self.head_bytes
         for chunk in self._source():
             if own_hash is not None:
                 own_hash.update(chunk)
@@ -57,8 +76,11 @@ class BackupFile:
             yield chunk
             done += size
             self._advance(size)
-        if done != self.size_bytes:
-            raise Unavailable(f"{self.name}: {done} bytes could be read, {self.size_bytes} were announced")
+        expected = self._size_of() if self._size_of else self.size_bytes
+        if done != expected:
+            raise Unavailable(f"{self.name}: {done} bytes could be read, {expected} were announced")
+        self._advance(self.size_bytes - expected + self.head_bytes)
+        self.size_bytes = expected
         self.blake3 = self._hash_of() if self._hash_of else own_hash.hexdigest() if own_hash else ""
 
 
@@ -108,19 +130,15 @@ class BackupFiles:
         unread = next((file.name for file in self._files if not file.blake3), None)
         if unread is not None:
             raise DriverBug(f"{unread}: the driver did not read it to the end")
-        data = self._manifest_of([file.blake3 for file in self._files])
+        data = self._manifest_of([file.stored() for file in self._files])
         return BackupFile(MANIFEST, len(data), lambda: [data])
 
     @property
     def manifest_bytes(self) -> int:
         """The size that the manifest will have: digests are all of one length."""
-        return len(self._manifest_of(["0" * 64] * len(self._files)))
+        return len(self._manifest_of([replace(file.stored(), blake3="0" * 64) for file in self._files]))
 
-    def _manifest_of(self, digests: Sequence[str]) -> bytes:
-        stored = [
-            StoredFile(file.name, file.size_bytes, digest)
-            for file, digest in zip(self._files, digests, strict=True)
-        ]
+    def _manifest_of(self, stored: Sequence[StoredFile]) -> bytes:
         return dump_manifest(self._manifest(stored))
 
     def _open(self) -> Iterator[BackupFile]:
@@ -175,18 +193,33 @@ class BackupFiles:
     def _image(self, name: str, image: VirtualImage) -> Iterator[BackupFile]:
         """The file of a disk and its digests; the image is closed with everything else."""
         self._stack.enter_context(image)
-        yield BackupFile(
+        level = self._call.zstd_level
+        stored: OnePass = image
+        if level is not None:
+            stored = self._stack.enter_context(image.compressed(level))
+        yield self._content(name, stored)
+        yield self._digests(name, stored)
+
+    def _content(self, name: str, image: OnePass) -> BackupFile:
+        return BackupFile(
             name,
             image.size_bytes,
             image.chunks,
             _hash_of=lambda: image.blake3,
             _advance=self._advance,
+            head_bytes=image.head_bytes,
+            uncompressed_bytes=image.uncompressed_bytes,
+            _head=image.head,
+            _size_of=lambda: image.size_bytes,
         )
-        yield BackupFile(
+
+    def _digests(self, name: str, image: OnePass) -> BackupFile:
+        return BackupFile(
             name + BLOCKS_SUFFIX,
             image.blocks_size_bytes,
             lambda: _pieces(image.blocks_bytes()),
             _advance=self._advance,
+            _size_of=lambda: image.blocks_size_bytes,
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -138,7 +138,7 @@ def merged_manifest(
             }
             for disk in disks
         ],
-        "files": [asdict(file) for file in stored],
+        "files": [file.to_json() for file in stored],
         "replaces": [name for manifest in merged for name in (*manifest.replaces, manifest.id)],
         "stands_for": [*newest.stands_for, newest.id],
     }

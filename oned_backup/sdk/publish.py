@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -92,18 +92,32 @@ class Folder:
             raise DataCorrupt(f"{self.path / name} has more than {max_bytes} bytes")
         return data
 
-    def write_file(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
-        """Write a new file and make its content durable; returns its size in bytes."""
+    def write_file(
+        self,
+        name: str,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        begin: int = 0,
+        head: Callable[[], Iterable[bytes | memoryview]] = tuple,
+    ) -> int:
+        """Write a new file and make its content durable; returns its size in bytes.
+
+        The chunks go to offset `begin` and beyond; what precedes them is asked for last.
+        """
         from oned_backup.disk.writeback import WriteBehind  # noqa: PLC0415 - readers need no data engine
 
         descriptor = os.open(_component(name), _EXCLUSIVE, 0o600, dir_fd=self.descriptor)
         behind = WriteBehind(descriptor)
-        written = 0
+        written = begin
         try:
+            os.lseek(descriptor, begin, os.SEEK_SET)
             for chunk in chunks:
                 _write_all(descriptor, chunk)
                 behind.wrote(written, len(chunk))
                 written += len(chunk)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            for chunk in head():
+                _write_all(descriptor, chunk)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -136,10 +136,13 @@ def prove_file(stored: Folder, file: StoredFile, advance: Advance = lambda _: No
         # What is still in the page cache proves nothing about the disk.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         digest = blake3(max_threads=blake3.AUTO)
-        view = memoryview(bytearray(min(_READ_BYTES, file.size_bytes + 1)))
-        while size := stream.readinto(view):
-            digest.update(view[:size])
-            advance(size)
+        buffer = memoryview(bytearray(min(_READ_BYTES, file.size_bytes + 1)))
+        for first, end in ((file.hash_from, file.size_bytes), (0, file.hash_from)):
+            position = stream.seek(first)
+            while size := stream.readinto(buffer[: end - position]):
+                digest.update(buffer[:size])
+                advance(size)
+                position += size
     if digest.hexdigest() != file.blake3:
         raise DataCorrupt(f"{file.name}: checksum does not match the manifest")
 

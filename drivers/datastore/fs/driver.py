@@ -123,7 +123,7 @@ def _published(call: Call, base: Folder, folder: Folder, open_files: Callable[[]
                 if file.name == MANIFEST:
                     target.publish_file(MANIFEST, b"".join(file.chunks()))
                 else:
-                    target.write_file(file.name, file.chunks())
+                    target.write_file(file.name, file.chunks(), begin=file.head_bytes, head=file.head)
         folder.rename_folder(partial, backup_id)
     except BaseException:
         with suppress(OSError):  # a store that is gone: backup_cancel cleans up
