@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass
 
 from oned_backup import xmldoc
@@ -108,7 +107,7 @@ class RestorePlan:
                 (xmldoc.text(file, "NAME"), base64.b64decode(xmldoc.text(file, "CONTENT"), validate=True))
                 for file in element.findall("FILE")
             )
-        except binascii.Error as error:
+        except ValueError as error:
             raise DriverBug(f"PLAN/FILE: {error}") from error
         return cls(
             backup_id=xmldoc.text(element, "BACKUP_ID"),
