@@ -9,7 +9,8 @@ from oned_backup.runner.kit import Report, Status
 
 HERE = Path(__file__).parent
 ACTIONS = (
-    "backup", "backup_cancel", "ls", "stat", "restore", "download", "verify", "rm", "monitor",
+    "backup", "backup_cancel", "ls", "stat", "restore", "download", "verify", "increment_flatten", "rm",
+    "monitor",
 )  # fmt: skip
 ACTION = "#!/usr/bin/env python3\nfrom driver import DRIVER\n\nDRIVER.main()\n"
 

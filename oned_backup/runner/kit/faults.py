@@ -17,6 +17,7 @@ from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
+from oned_backup.runner.kit.disturbances import changed_byte, filled_files, free_bytes, small_file_system
 from oned_backup.runner.kit.guest import SMALL_FILES, raw_problem
 
 _READING = ("ls", "stat", "restore", "download", "monitor", "verify", "catalogue")
@@ -67,12 +68,12 @@ def full(bench: Bench) -> None:
     if store.own_path is None or os.geteuid() != 0:
         raise NotApplicable("needs root, and a store of the kit's own, to mount a small file system")
     chain = bench.new_chain(store)
-    with _small_file_system(store.own_path):
+    with small_file_system(store.own_path, 12):
         bench.must_backup(chain, bench.tiny)
         bench.own_path(store)
-        before = _free_bytes(store.own_path)
+        before = free_bytes(store.own_path)
         called = _does_not_fit(bench, store)
-        lost = before - _free_bytes(store.own_path)
+        lost = before - free_bytes(store.own_path)
         if lost > 256 * 1024:
             raise called.unmet(f"{lost} bytes of a backup that did not fit are left after backup_cancel")
         bench.check_restored(chain, 0, bench.tiny)
@@ -104,10 +105,10 @@ def damaged(bench: Bench) -> None:
     """One byte is changed in the middle of each file of an increment; what lies before it stays good."""
     chain = _own_chain(bench)
     path = bench.own_path(chain.store)
-    old = set(_files(path))
+    old = set(filled_files(path))
     bench.must_backup(chain, bench.points[1])
-    for file in sorted(set(_files(path)) - old):
-        with _changed_byte(file):
+    for file in sorted(set(filled_files(path)) - old):
+        with changed_byte(file):
             found = _restore_everything(bench, chain, f"one byte of {file} was changed", first=1)
             _verify_reports(bench, chain, file, "one byte was changed", found)
             bench.check_restored(chain, 0, bench.points[0])
@@ -120,7 +121,7 @@ def incomplete(bench: Bench) -> None:
     chain = _own_chain(bench)
     path = bench.own_path(chain.store)
     bench.must_backup(chain, bench.points[1])
-    file = max(_files(path), key=lambda f: f.stat().st_size)
+    file = max(filled_files(path), key=lambda f: f.stat().st_size)
     content = file.read_bytes()
     mode = file.stat().st_mode & 0o777
     for how in ("cut to half its length", "missing"):
@@ -194,41 +195,6 @@ def _moved_away(path: Path) -> Iterator[None]:
         yield
     finally:
         away.rename(path)
-
-
-@contextlib.contextmanager
-def _small_file_system(path: Path) -> Iterator[None]:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m,mode=0700", "oned-backup-kit", str(path)]
-    done = subprocess.run(mount, capture_output=True, timeout=60, check=False)
-    if done.returncode != 0:
-        raise NotApplicable(f"no small file system: {done.stderr.decode('utf-8', 'replace').strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", "--", str(path)], check=True, timeout=60)
-
-
-def _free_bytes(path: Path) -> int:
-    found = os.statvfs(path)
-    return found.f_bfree * found.f_frsize
-
-
-def _files(path: Path) -> list[Path]:
-    return [entry for entry in path.rglob("*") if entry.is_file() and entry.stat().st_size > 0]
-
-
-@contextlib.contextmanager
-def _changed_byte(file: Path) -> Iterator[None]:
-    with file.open("r+b") as opened:
-        middle = file.stat().st_size // 2
-        opened.seek(middle)
-        old = opened.read(1)
-        opened.seek(middle)
-        opened.write(bytes([old[0] ^ 0x10]))
-        opened.flush()
-        yield
-        opened.seek(middle)
-        opened.write(old)
 
 
 def _restore_everything(bench: Bench, chain: Chain, damage: str, *, first: int = 0) -> list[Called]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import signal
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from oned_backup.runner.kit.bench import Bench, tree
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Attempt, Chain
 from oned_backup.runner.kit.clause import Unmet, clause
+from oned_backup.runner.kit.disturbances import cancel_after, cancel_at_state
 from oned_backup.runner.process import Cancellation, Limits
 
 _GRACE_S = 5.0
@@ -182,11 +180,12 @@ def _end_at_moments(bench: Bench, limits: Limits, name: str) -> None:
     triggers: list[tuple[str, Callable[[Cancellation], None]]] = []
     for share in _MOMENTS:
         delay_s = usual_s * (share + (secrets.randbelow(100) - 50) / 1000)
-        triggers.append((f"{name} after {delay_s:.3f} s", partial(_after, delay_s=delay_s)))
+        triggers.append((f"{name} after {delay_s:.3f} s", partial(cancel_after, delay_s=delay_s)))
     if store.own_path is not None:
         path = store.own_path
         triggers += [
-            (f"{name} at state {n} of the store", partial(_at_state, path=path, number=n)) for n in _STATES
+            (f"{name} at state {n} of the store", partial(cancel_at_state, path=path, number=n))
+            for n in _STATES
         ]
     for number, (moment, trigger) in enumerate(triggers):
         attempt = bench.plan(bench.new_chain(store), bench.points[0])
@@ -235,7 +234,12 @@ def _killed_in_the_middle(bench: Bench, attempt: Attempt) -> None:
     limits = Limits(bench.settings.timeout_s, grace_s=0, stop_signal=signal.SIGKILL)
     path = attempt.chain.store.own_path
     usual_s = 0.0 if path else _timed_backup(bench, bench.new_chain(attempt.chain.store))
-    _ended(bench, attempt, limits, lambda c: _at_state(c, path, 3) if path else _after(c, usual_s * 0.7))
+    _ended(
+        bench,
+        attempt,
+        limits,
+        lambda c: cancel_at_state(c, path, 3) if path else cancel_after(c, usual_s * 0.7),
+    )
 
 
 def _timed_backup(bench: Bench, chain: Chain) -> float:
@@ -243,33 +247,6 @@ def _timed_backup(bench: Bench, chain: Chain) -> float:
     called = bench.backup(attempt)
     bench.record(attempt, called)
     return called.elapsed_s
-
-
-def _after(cancellation: Cancellation, delay_s: float) -> None:
-    cancellation.wait(delay_s)
-    cancellation.cancel()
-
-
-def _at_state(cancellation: Cancellation, path: Path, number: int) -> None:
-    """Cancel as soon as the names and sizes below `path` were seen in `number` different states."""
-    last = _state(path)
-    seen = 0
-    end = time.monotonic() + 120
-    while not cancellation.wait(0.001) and time.monotonic() < end:
-        state = _state(path)
-        if state != last:
-            last, seen = state, seen + 1
-        if seen >= number:
-            cancellation.cancel()
-
-
-def _state(path: Path) -> frozenset[tuple[str, int]]:
-    found = set()
-    for directory, folders, files in os.walk(path):  # which passes over what vanishes meanwhile
-        for name in (*folders, *files):
-            with contextlib.suppress(FileNotFoundError):
-                found.add((f"{directory}/{name}", os.lstat(f"{directory}/{name}").st_size))
-    return frozenset(found)
 
 
 def _names(path: Path | None) -> set[str]:

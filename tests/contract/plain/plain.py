@@ -13,6 +13,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -164,6 +165,78 @@ class Plain:
             folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
+    # merging
+
+    def increment_flatten(self) -> None:
+        self.open_store()
+        backup_id = os.environ["ODB_BACKUP_ID"]
+        ids = self.ids_to_merge()
+        final, partial = self.folder(backup_id), self.partial(backup_id)
+        if not final.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                self.merge(ids, partial)
+            except BaseException:
+                self.clean_up(partial)
+                raise
+            self.publish(partial, final)
+        self.answer(final)
+        kept = [(number, name) for number, name in self.chain() if name not in ids[:-1]]
+        chain = [f"{number}:{backup_id if name == ids[-1] else name}" for number, name in kept]
+        print(f"CHAIN={','.join(chain)}")
+
+    def ids_to_merge(self) -> list[str]:
+        ids, known = option("MERGE_IDS").split(","), [name for _, name in self.chain()]
+        place = known.index(ids[0]) if ids[0] in known else 0
+        if len(ids) < 2 or known[place : place + len(ids)] != ids:
+            raise Failure(2, f"{', '.join(ids)} do not follow each other in {', '.join(known)}")
+        return ids
+
+    def merge(self, ids: list[str], partial: Path) -> None:
+        newest, disks = self.folder(ids[-1]), []
+        facts = self.facts(newest)
+        for name, content in self.small_files(newest):
+            (partial / name).write_bytes(content)
+            sync(partial / name)
+        for disk_id, file, _, size in facts["disks"]:
+            beneath, inside = self.layers_to_merge(ids, disk_id)
+            self.merge_disk(beneath, inside, partial / file)
+            disks.append([disk_id, file, "INCREMENT" if beneath else "FULL", size])
+        (partial / "facts").write_text(json.dumps({**facts, "disks": disks}))
+        self.write_sums(partial)
+
+    def layers_to_merge(self, ids: list[str], wanted: str) -> tuple[list[Path], list[Path]]:
+        """Files of a disk up to the newest to merge: beneath the oldest to merge, and from there on."""
+        beneath: list[Path] = []
+        inside: list[Path] = []
+        names = [name for _, name in self.chain()]
+        for name in reversed(names[: names.index(ids[-1]) + 1]):
+            layer = self.layer(name, os.environ["ODB_VM_ID"], wanted)
+            (inside if name in ids else beneath).insert(0, layer)
+            kinds = {disk_id: kind for disk_id, _, kind, _ in self.facts(layer.parent)["disks"]}
+            if kinds[wanted] == "FULL":
+                break
+        return beneath, inside
+
+    def merge_disk(self, beneath: list[Path], inside: list[Path], target: Path) -> None:
+        copies = [Path(f"{target.name}.{number}") for number in range(len(beneath) + len(inside))]
+        for source, copy in zip([*beneath, *inside], copies, strict=True):
+            shutil.copyfile(source, copy)
+        for below, copy in itertools.pairwise(copies):
+            self.qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", str(below), str(copy))
+        merged = copies[len(beneath)]
+        for top in copies[len(beneath) + 1 :]:
+            self.qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", str(merged), str(top))
+            self.qemu_img("commit", "-q", "-f", "qcow2", str(top))
+        self.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "", str(merged))
+        self.copy(merged, target)
+
+    def qemu_img(self, *argv: str) -> None:
+        done = subprocess.run(["qemu-img", *argv], capture_output=True, check=False)
+        if done.returncode != 0:
+            raise Failure(1, done.stderr.decode().strip())
+
     # reading
 
     def meant(self) -> list[str]:
@@ -279,17 +352,8 @@ class Plain:
         for layer in layers:
             file = {"driver": "file", "filename": str(layer)}
             image = {"driver": "qcow2", "file": file, **({"backing": image} if image else {})}
-        argv = [
-            "qemu-img",
-            "convert",
-            "-O",
-            option("FORMAT") or "raw",
-            f"json:{json.dumps(image)}",
-            str(target),
-        ]
-        done = subprocess.run(argv, capture_output=True, check=False)
-        if done.returncode != 0:
-            raise Failure(1, done.stderr.decode().strip())
+        image_format = option("FORMAT") or "raw"
+        self.qemu_img("convert", "-O", image_format, f"json:{json.dumps(image)}", str(target))
 
     def verify(self) -> None:
         self.open_store()
