@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from oned_backup import __version__
 from oned_backup.api import views
 from oned_backup.api.limits import BodyLimit
+from oned_backup.contract.actions import Kind
 from oned_backup.daemon import requests
 from oned_backup.daemon.service import Service
 from oned_backup.errors import (
@@ -72,6 +73,14 @@ class HostBody(_Body):
     uri: str = Field(default=DEFAULT_URI, min_length=1, max_length=1024)
     vmm: _Name = "kvm"
     tm: _Name = "qcow2"
+    accept_host_key: str = Field(default="", max_length=64)
+
+
+class KeyBody(_Body):
+    """The fingerprint of a machine's host key that somebody has compared."""
+
+    target: _Name
+    fingerprint: str = Field(min_length=1, max_length=64)
 
 
 class ImportBody(_Body):
@@ -100,6 +109,7 @@ class DatastoreBody(_Body):
     name: _Name
     driver: _Name
     values: _Values = {}
+    accept_host_key: str = Field(default="", max_length=64)
 
 
 class DatastoreChange(_Body):
@@ -119,6 +129,7 @@ class RestoreBody(_Body):
     no_nic: bool = False
     no_ip: bool = False
     format: str = "qcow2"
+    host_id: int | None = None
     define_host_id: int | None = None
     salvage: bool = False
 
@@ -142,6 +153,7 @@ class DownloadBody(_Body):
 
     url: str = Field(min_length=1, max_length=65536)
     target: str = Field(min_length=1, max_length=4096)
+    host_id: int | None = None
     format: str = "raw"
     salvage: bool = False
     overwrite: bool = False
@@ -235,8 +247,20 @@ def _add_hosts(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/hosts")
     def add(body: HostBody) -> Any:
-        host = inventory.add_host(services, body.name, uri=body.uri, vm_mad=body.vmm, tm_mad=body.tm)
+        host = inventory.add_host(
+            services,
+            body.name,
+            uri=body.uri,
+            vm_mad=body.vmm,
+            tm_mad=body.tm,
+            accept=body.accept_host_key,
+        )
         return views.host_row(host)
+
+    @app.post("/v1/ssh/keys")
+    def accept_key(body: KeyBody) -> Any:
+        key = inventory.accept_key(services, body.target, body.fingerprint)
+        return {"name": key.name, "fingerprint": key.fingerprint}
 
     @app.get("/v1/hosts/{host_id}")
     def show(host_id: int) -> Any:
@@ -299,13 +323,25 @@ def _add_vms(app: FastAPI, service: Service) -> None:
 def _add_datastores(app: FastAPI, service: Service) -> None:
     services = service.services
 
+    @app.get("/v1/drivers/datastore/{name}")
+    def driver(name: str) -> Any:
+        manifest = services.driver(Kind.DATASTORE, name).manifest
+        return {
+            "name": manifest.name,
+            "secrets": [one.name for one in manifest.parameters.values() if one.secret],
+        }
+
     @app.get("/v1/datastores")
     def datastores() -> Any:
         return [views.datastore_row(Datastore(entry.element)) for entry in services.store.find("datastore")]
 
     @app.post("/v1/datastores")
     def create(body: DatastoreBody) -> Any:
-        return views.datastore_view(inventory.create_datastore(services, body.name, body.driver, body.values))
+        return views.datastore_view(
+            inventory.create_datastore(
+                services, body.name, body.driver, body.values, accept=body.accept_host_key
+            )
+        )
 
     @app.get("/v1/datastores/{datastore_id}")
     def show(datastore_id: int) -> Any:

@@ -20,11 +20,15 @@ def add(
     uri: Annotated[str, typer.Option(help="Libvirt's URI.")] = "qemu:///system",
     vmm: Annotated[str, typer.Option(help="Hypervisor driver.")] = "kvm",
     tm: Annotated[str, typer.Option(help="Transfer manager driver of its VMs.")] = "qcow2",
+    accept_host_key: Annotated[
+        str, typer.Option(metavar="SHA256:…", help="Fingerprint of its SSH host key, as you compared it.")
+    ] = "",
     *,
     json: Json = False,
 ) -> None:
-    """Add a hypervisor; it must be reachable."""
-    host = client().post("hosts", {"name": name, "uri": uri, "vmm": vmm, "tm": tm})
+    """Add a hypervisor; it must be reachable. One of another machine is qemu+ssh://root@NAME/system."""
+    body = {"name": name, "uri": uri, "vmm": vmm, "tm": tm, "accept_host_key": accept_host_key}
+    host = client().post("hosts", body)
     if json:
         output.print_json(host)
     else:
@@ -61,6 +65,16 @@ def show(ref: _Ref, *, json: Json = False) -> None:
         [(one["name"], one["state"], one["vm_id"], one["uuid"]) for one in host["domains"]],
         empty="No domains." if host["unreachable"] is None else host["unreachable"]["message"],
     )
+
+
+@app.command("accept-key")
+def accept_key(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="user@host, of a host or a datastore.")],
+    fingerprint: Annotated[str, typer.Argument(metavar="SHA256:…", help="As you compared it.")],
+) -> None:
+    """Know a machine's SSH host key from now on; the key that was known before is forgotten."""
+    key = client().post("ssh/keys", {"target": target, "fingerprint": fingerprint})
+    output.say(f"host key {key['fingerprint']} of {key['name']} is known")
 
 
 @app.command()

@@ -19,6 +19,8 @@ from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, wit
 from oned_backup.model.vm import with_state as with_vm_state
 from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domain
 from oned_backup.operations.services import Caller, Services, query_caller, secret_context
+from oned_backup.ssh.host_keys import HostKey, accept_host_key
+from oned_backup.ssh.libvirt_uri import parse_uri
 from oned_backup.store import OperationState, Transaction
 
 #: for so long a measurement of a datastore is good enough to plan by
@@ -28,10 +30,16 @@ FRESH_S = 300
 _MEANWHILE = RETENTION | {"FS_FREEZE", "CHAIN_LENGTH"}
 
 
-def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str) -> Host:
-    """The new host, reached once; nothing is added if it cannot be reached."""
+def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: str, accept: str = "") -> Host:
+    """The new host, reached once; nothing is added if it cannot be reached.
+
+    `accept`: the fingerprint of its host key, which is known from now on.
+    """
     services.driver(Kind.VMM, vm_mad)
     services.driver(Kind.TM, tm_mad)
+    target = "" if vm_mad == "dummy" else parse_uri(uri).target
+    if accept:
+        accept_key(services, target, accept)
     element = services.store.create(
         "host", lambda host_id: new_host(host_id, name=name, uri=uri, vm_mad=vm_mad, tm_mad=tm_mad).element
     )
@@ -42,6 +50,13 @@ def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: st
         services.store.delete("host", host.id)
         raise
     return services.host(host.id)
+
+
+def accept_key(services: Services, target: str, fingerprint: str) -> HostKey:
+    """Know the host key with that fingerprint from now on, and no other of the machine at `target`."""
+    if not target:
+        raise InvalidInput("there is no host key to accept: nothing is reached by ssh")
+    return accept_host_key(services.settings.ssh_config, target, fingerprint)
 
 
 def look_at_host(services: Services, host_id: int) -> tuple[DomainSummary, ...]:
@@ -179,10 +194,17 @@ def configure_vm(services: Services, vm_id: int, values: Mapping[str, str]) -> t
     return after, before.config.has_chain and not after.config.has_chain
 
 
-def create_datastore(services: Services, name: str, driver: str, values: Mapping[str, str]) -> Datastore:
-    """The new datastore, measured once; nothing is added if its driver refuses it."""
+def create_datastore(
+    services: Services, name: str, driver: str, values: Mapping[str, str], *, accept: str = ""
+) -> Datastore:
+    """The new datastore, measured once; nothing is added if its driver refuses it.
+
+    `accept`: the fingerprint of its server's host key, which is known from now on.
+    """
     manifest = services.driver(Kind.DATASTORE, driver).manifest
     parameters = manifest.checked_parameters(values)
+    if accept:
+        accept_key(services, _ssh_target(parameters), accept)
     element = services.store.create(
         "datastore",
         lambda datastore_id: (
@@ -200,6 +222,14 @@ def create_datastore(services: Services, name: str, driver: str, values: Mapping
     except OnedBackupError:
         services.store.delete("datastore", datastore_id)
         raise
+
+
+def _ssh_target(parameters: Mapping[str, str]) -> str:
+    """Where a datastore's driver goes by SSH; empty if it does not."""
+    for user, host in (("RSYNC_USER", "RSYNC_HOST"), ("RESTIC_SFTP_USER", "RESTIC_SFTP_SERVER")):
+        if parameters.get(host):
+            return "@".join(filter(None, (parameters.get(user), parameters[host])))
+    return ""
 
 
 def update_datastore(
