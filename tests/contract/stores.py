@@ -105,6 +105,9 @@ class Store:
     driver: Path
     #: of the datastore, without BASE_PATH
     parameters: Mapping[str, str] = field(default_factory=dict)
+    #: further variables of the driver
+    environment: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = LIMITS
     vm_id: int = VM_ID
     #: backup ids by chain: what BACKUP_INCREMENTS says
     chain: list[str] = field(default_factory=list)
@@ -183,8 +186,8 @@ class Store:
             load_driver(self.driver),
             action,
             request,
-            Invocation(self.root, source_dir=self.source),
-            limits=LIMITS,
+            Invocation(self.root, source_dir=self.source, environment=self.environment),
+            limits=self.limits,
             cancellation=cancellation,
             log=lambda _, line: self.logged.append(line),
             progress=lambda done, total: self.progress.append((done, total)),

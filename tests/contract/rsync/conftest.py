@@ -1,0 +1,52 @@
+"""A store behind a real sshd on a loopback port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sshd import Sshd
+from stores import Chain, Disk, Store, copy_chain, make_chain, make_disk, make_store
+
+DRIVER = Path(__file__).parents[3] / "drivers/datastore/rsync"
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with Sshd(tmp_path_factory.mktemp("sshd") / "server") as server:
+        yield server
+
+
+def at(sshd: Sshd, store: Store, **parameters: str) -> Store:
+    """The store as it is reached through `sshd`."""
+    user, _, host = sshd.target.partition("@")
+    account = {"RSYNC_USER": user, "RSYNC_HOST": host}
+    return replace(
+        store,
+        parameters={**account, **parameters},
+        environment={"ODB_SSH_CONFIG": str(sshd.config)},
+    )
+
+
+@pytest.fixture
+def make(sshd: Sshd, tmp_path: Path) -> Callable[..., Store]:
+    """An empty store with these further parameters."""
+    return lambda **parameters: at(sshd, make_store(tmp_path, DRIVER), **parameters)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return make_disk(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made_chain(sshd: Sshd, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return make_chain(at(sshd, make_store(tmp_path_factory.mktemp("chain"), DRIVER)))
+
+
+@pytest.fixture
+def chain(made_chain: Chain, tmp_path: Path) -> Chain:
+    """A copy to damage."""
+    return copy_chain(made_chain, tmp_path)

@@ -1,0 +1,169 @@
+"""A transfer that is cut off goes on where it was, and what it finds there is proved first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lab import wait_for
+from sshd import Sshd
+from stores import Disk, Store, export, exports_of
+
+from oned_backup.errors import NoSpace, OnedBackupError
+from oned_backup.runner.run import Cancellation, Limits
+
+ID = "20260101-000000-aaaaaa"
+#: slow enough to be caught in the middle: the disk has 3 MB
+SLOW = "3000"
+KILL = Limits(deadline_s=60, inactivity_s=60, grace_s=0, stop_signal=signal.SIGKILL)
+
+
+def backed_up(store: Store, disk: Disk, cancellation: Cancellation | None = None) -> None:
+    with disk.served() as socket:
+        store.backup(ID, exports_of(export(disk, socket)), cancellation=cancellation)
+
+
+def restored(store: Store) -> bytes:
+    return store.download(store.url())
+
+
+@contextmanager
+def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` beside the block, and raise what it raised."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - for the test's thread
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(90)
+        if raised:
+            raise raised[0]
+
+
+def arrived(store: Store, size: int = 1 << 20) -> os.stat_result:
+    """The file of the disk on the server, when more than so much of it is there."""
+    file = store.base / str(store.vm_id) / f".partial-{ID}" / "disk.0.0"
+    wait_for(f"{size} bytes", lambda: file.exists() and file.stat().st_size > size, 60)
+    return file.stat()
+
+
+def cut(sshd: Sshd) -> None:
+    """End the sshd sessions, as a server does that goes down."""
+    pid = (sshd.directory / "sshd.pid").read_text().strip()
+    found = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=True).stdout
+    for session in found.split():
+        os.kill(int(session), signal.SIGKILL)
+
+
+def test_a_connection_that_is_cut_is_continued(
+    make: Callable[..., Store], disk: Disk, sshd: Sshd, tmp_path: Path
+) -> None:
+    store = make(RSYNC_BWLIMIT=SLOW)
+    seen: list[os.stat_result] = []
+
+    def cut_twice() -> None:
+        seen.append(arrived(store, 1 << 20))
+        cut(sshd)
+        seen.append(arrived(store, seen[0].st_size + (1 << 19)))
+        cut(sshd)
+
+    with meanwhile(cut_twice):
+        backed_up(store, disk)
+    assert (store.path(ID) / "disk.0.0").stat().st_ino == seen[0].st_ino
+    assert any("the next attempt is in 1 s" in line for line in store.logged)
+    assert restored(store) == disk.copy_raw(tmp_path / "raw").read_bytes()
+    assert store.failures() == {ID: {}}
+
+
+def test_the_same_id_again_continues_what_a_killed_driver_left(
+    make: Callable[..., Store], disk: Disk, tmp_path: Path
+) -> None:
+    store = make(RSYNC_BWLIMIT=SLOW)
+    cancellation = Cancellation()
+    seen: list[os.stat_result] = []
+
+    def kill() -> None:
+        seen.append(arrived(store))
+        cancellation.cancel()
+
+    with meanwhile(kill), pytest.raises(OnedBackupError):
+        backed_up(replace(store, limits=KILL), disk, cancellation)
+    assert store.names() == {f".partial-{ID}"}
+    backed_up(store, disk)
+    assert (store.path(ID) / "disk.0.0").stat().st_ino == seen[0].st_ino
+    assert restored(store) == disk.copy_raw(tmp_path / "raw").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("disk.0.0", b"\xaa" * (1 << 20)),
+        ("disk.0.0", b"\xaa" * (64 << 20)),
+        ("disk.0.0.blocks", b"\0"),
+        ("disk.3.0", b"of another disk"),
+        ("manifest.json", b"{}"),
+        ("vm.xml", b""),
+    ],
+)
+def test_what_is_there_of_something_else_is_never_kept(
+    name: str, content: bytes, make: Callable[..., Store], disk: Disk, tmp_path: Path
+) -> None:
+    store = make()
+    partial = store.base / "7" / f".partial-{ID}"
+    partial.mkdir(parents=True)
+    (partial / name).write_bytes(content)
+    backed_up(store, disk)
+    assert restored(store) == disk.copy_raw(tmp_path / "raw").read_bytes()
+    assert store.failures() == {ID: {}}
+
+
+def test_links_that_somebody_left_are_not_written_through(
+    make: Callable[..., Store], disk: Disk, tmp_path: Path
+) -> None:
+    store = make()
+    (tmp_path / "victim").write_bytes(b"must stay")
+    partial = store.base / "7" / f".partial-{ID}"
+    partial.mkdir(parents=True)
+    (partial / "vm.xml").symlink_to(tmp_path / "victim")
+    backed_up(store, disk)
+    assert (tmp_path / "victim").read_bytes() == b"must stay"
+    assert (store.path(ID) / "vm.xml").read_bytes() == (store.source / "vm.xml").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_disk_that_fills_up_meanwhile_is_no_space_and_keeps_nothing(
+    make: Callable[..., Store], disk: Disk
+) -> None:
+    store = make(RSYNC_BWLIMIT=SLOW)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", store.base], check=True)
+    try:
+
+        def fill() -> None:
+            arrived(store)
+            subprocess.run(
+                ["dd", "if=/dev/zero", f"of={store.base}/filler", "bs=64k"], capture_output=True, check=False
+            )
+
+        with meanwhile(fill), pytest.raises(NoSpace, match=r"MB needed, 0 MB free"):
+            backed_up(store, disk)
+        assert store.names() == set()
+        (store.base / "filler").unlink()
+        backed_up(store, disk)
+        assert store.names() == {ID}
+    finally:
+        subprocess.run(["umount", store.base], check=True)
