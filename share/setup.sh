@@ -9,11 +9,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-runtime=(python3 python3-venv python3-libvirt python3-libnbd qemu-utils libvirt-clients)
-lab=(busybox-static cpio dosfstools e2fsprogs fuse3 git iproute2 libnbd-bin
-     libvirt-daemon-driver-qemu libvirt-daemon-system mtools nbdkit nftables openssh-client
-     openssh-server ovmf procps qemu-guest-agent qemu-system-x86 restic rsync shellcheck
-     sshfs swtpm swtpm-tools syslinux syslinux-common)
+runtime=(fuse3 libvirt-clients openssh-client python3 python3-libnbd python3-libvirt python3-venv qemu-utils
+         rsync sshfs)
+lab=(busybox-static cpio dosfstools e2fsprogs git iproute2 libnbd-bin
+     libvirt-daemon-driver-qemu libvirt-daemon-system mtools nbdkit nftables
+     openssh-server ovmf procps qemu-guest-agent qemu-system-x86 restic shellcheck
+     swtpm swtpm-tools syslinux syslinux-common)
 bench=(virtnbdbackup)
 
 packages=("${runtime[@]}")
