@@ -11,9 +11,12 @@ from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
 from oned_backup.contract.request import Backup, Request
-from oned_backup.errors import DriverBug, DriverFailed, InvalidInput, Unavailable
-from oned_backup.model.manifest import parse_manifest
+from oned_backup.errors import DataCorrupt, DriverBug, DriverFailed, InvalidInput, Unavailable
+from oned_backup.model.manifest import StoredFile, parse_manifest
 from oned_backup.sdk import Call
+from oned_backup.sdk.files import BackupFile
+from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.stored import prove_file
 
 CONTENT = {"vm.xml": b"<VM/>", "nvram.fd": b"", "tpm.tar": os.urandom(3 << 20)}
 
@@ -110,3 +113,36 @@ def test_no_descriptor_is_left_open(call):
 def test_an_increment_without_a_parent_is_refused(call):
     with call(parent_id="").files() as files, pytest.raises(InvalidInput, match="needs BACKUP/PARENT_ID"):
         read_all(files)
+
+
+def test_a_file_whose_head_and_size_are_known_last(tmp_path):
+    advanced = []
+    file = BackupFile(
+        "disk.0.0",
+        100,
+        lambda: [b"data", b"more"],
+        "",
+        lambda: "ab" * 32,
+        advanced.append,
+        head_bytes=6,
+        uncompressed_bytes=100,
+        _head=lambda: [b"he", b"ad.."],
+        _size_of=lambda: 14,
+    )
+    with Folder.open(tmp_path) as folder:
+        assert folder.write_file("disk.0.0", file.chunks(), begin=file.head_bytes, head=file.head) == 14
+    assert (tmp_path / "disk.0.0").read_bytes() == b"head..datamore"
+    assert file.stored() == StoredFile("disk.0.0", 14, "ab" * 32, 6, 100)
+    assert sum(advanced) == 100  # what was announced, so that progress comes to its end
+
+
+def test_the_checksum_of_a_file_that_begins_in_the_middle(tmp_path):
+    (tmp_path / "disk.0.0").write_bytes(b"head..data")
+    digest = blake3(b"datahead..").hexdigest()
+    with Folder.open(tmp_path) as folder:
+        seen = []
+        prove_file(folder, StoredFile("disk.0.0", 10, digest, 6), seen.append)
+        assert sum(seen) == 10
+        for begin in (0, 5, 10, 11):
+            with pytest.raises(DataCorrupt, match="checksum"):
+                prove_file(folder, StoredFile("disk.0.0", 10, digest, begin))
