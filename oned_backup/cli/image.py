@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,8 @@ _Salvage = Annotated[
     bool, typer.Option("--salvage", help="Fill what is damaged with zeros, list it, and exit with 79.")
 ]
 _COPY_BYTES = 1024 * 1024
+_RESTORE_POINT = re.compile(r"(?P<image>[0-9]{1,9})(?::(?P<increment>[0-9]{1,9}))?")
+_ELSEWHERE = re.compile(r"(?P<host>[^/:]+):(?P<path>/.*)")
 
 
 @app.command("list")
@@ -202,11 +205,14 @@ def restore(
     image: _Id,
     *,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory for the restored files.")],
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="HOST", help="Where DIR is; this machine if absent.")
+    ] = None,
     increment: _Increment = None,
     disk_id: Annotated[int | None, typer.Option("--disk-id", help="Only this disk.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the new domain.")] = None,
     define: Annotated[
-        str | None, typer.Option(metavar="HOST", help="Define a domain over the files.")
+        str | None, typer.Option(metavar="HOST", help="Define a domain over the files, which go there.")
     ] = None,
     image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
     no_nic: Annotated[bool, typer.Option("--no-nic", help="Without network interfaces.")] = False,
@@ -215,10 +221,11 @@ def restore(
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Restore a VM, or one disk, to a directory; every byte is proved on the way."""
+    """Restore a VM, or one disk, to a directory of a host; every byte is proved on the way."""
     api = client()
     body = {
-        "to": str(to.absolute()),
+        "to": str(to if host else to.absolute()),
+        "host_id": None if host is None else api.resolve("host", host),
         "increment_id": increment,
         "disk_id": disk_id,
         "name": name,
@@ -244,22 +251,45 @@ def _show_restored(operation: Mapping[str, Any]) -> None:
 
 
 def download(
-    url: Annotated[str, typer.Argument(help="Pseudo-URL of a disk; `image ls` prints them.")],
-    target: Annotated[str, typer.Argument(help="A file, a block device, or - for standard output.")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL|IMAGE[:INCREMENT]",
+            help="Pseudo-URL of a disk (`image ls` prints them), or a whole restore point.",
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a block device, HOST:/PATH for a new file there, or - for standard output;"
+            " a directory or HOST:/DIRECTORY for a restore point."
+        ),
+    ],
     image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "raw",
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file.")] = False,
     salvage: _Salvage = False,
     json: Json = False,
 ) -> None:
-    """Restore one disk by its pseudo-URL to a file, a block device or standard output."""
-    body = {"url": url, "format": image_format, "overwrite": overwrite, "salvage": salvage}
-    if target == "-":
-        _download_to_stdout(body)
+    """Restore one disk by its pseudo-URL, or all files of a restore point side by side."""
+    point = _RESTORE_POINT.fullmatch(url)
+    body: dict[str, Any] = {"format": image_format, "salvage": salvage}
+    if point is None and target == "-":
+        _download_to_stdout({**body, "url": url})
         return
     api = client()
-    operation = api.post("downloads", {**body, "target": str(Path(target).absolute())})
-    follow.conclude(api, operation, wait=True, as_json=json, show=_show_downloaded)
+    elsewhere = _ELSEWHERE.fullmatch(target)
+    path = elsewhere["path"] if elsewhere else str(Path(target).absolute())
+    if elsewhere:
+        body["host_id"] = api.resolve("host", elsewhere["host"])
+    if point is None:
+        operation = api.post("downloads", {**body, "url": url, "target": path, "overwrite": overwrite})
+        follow.conclude(api, operation, wait=True, as_json=json, show=_show_downloaded)
+        return
+    increment = point["increment"]
+    body |= {"to": path, "increment_id": None if increment is None else int(increment)}
+    operation = api.post(f"images/{int(point['image'])}/restore", body)
+    follow.conclude(api, operation, wait=True, as_json=json, show=_show_restored)
 
 
 def _show_downloaded(operation: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from oned_backup.contract.url import parse_url
 from oned_backup.daemon.service import Service
-from oned_backup.errors import Conflict, NotFound
+from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import with_pin
 from oned_backup.model.vm import VmState
@@ -51,11 +51,14 @@ def cancel_backup(service: Service, vm_id: int) -> Operation:
 
 
 def restore(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
-    """Queue a restore of an image to a directory."""
+    """Queue a restore of an image to a directory, on the host where its domain is to be defined."""
     image = service.services.image(image_id)
     vm = service.services.vm(image.vm_id)
     found: dict[str, Any] = {"image_id": image_id, **arguments}
-    host_id = found.get("define_host_id")
+    define_host_id = found.get("define_host_id")
+    host_id = found.get("host_id", define_host_id)
+    if define_host_id not in {None, host_id}:
+        raise InvalidInput("a domain is defined on the host that gets its files: --host and --define differ")
     if host_id is not None:
         host = service.services.host(host_id)
         found |= {"host_id": host_id, "tm_mad": host.tm_mad}
@@ -138,7 +141,10 @@ def download(service: Service, arguments: Mapping[str, Any]) -> Operation:
     """Queue the download of a disk by its pseudo-URL."""
     url = parse_url(str(arguments["url"]))
     service.services.datastore(url.datastore_id)
-    vm_id = _vm_of_backup(service, url.chain[-1][1])
+    host_id = arguments.get("host_id")
+    if host_id is not None:
+        arguments = {**arguments, "tm_mad": service.services.host(host_id).tm_mad}
+    vm_id = _vm_of_backup(service, url.backup_id)
     lock = datastore_lock(url.datastore_id) if vm_id is None else vm_lock(vm_id)
     return service.submit("download", lock, arguments, vm_id=vm_id, datastore_id=url.datastore_id)
 

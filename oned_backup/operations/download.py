@@ -1,8 +1,9 @@
-"""DOWNLOAD of one disk by its pseudo-URL: PLAN → DOWNLOAD → PLACE.
+"""DOWNLOAD of one disk by its pseudo-URL: PLAN → PREPARE → DOWNLOAD → PLACE → CLEAN.
 
 The target is a new file (made beside its name, renamed when it is proved), a
-file or block device that exists (written in place), or a FIFO that somebody
-reads from (`oned-backup download URL -`).
+file or block device that exists (written in place), a FIFO that somebody
+reads from (`oned-backup download URL -`), or a new file on another host, for which the
+transfer manager prepares, places and cleans as it does for a restore.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oned_backup.contract.targets import FORMATS, NewDisk
 from oned_backup.contract.url import parse_url
-from oned_backup.errors import Cancelled, Conflict, DataCorrupt, InvalidInput, Salvaged, Unavailable
-from oned_backup.operations import stored
+from oned_backup.errors import Cancelled, Conflict, DataCorrupt, InvalidInput, NotFound, Salvaged, Unavailable
+from oned_backup.model.names import checked_name
+from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.steps import Step, Undo
 
-FORMATS = ("raw", "qcow2")
 _READER_WAIT_S = 30.0
 
 
@@ -35,6 +37,16 @@ def _plan(context: Context) -> Mapping[str, Any]:
     target = Path(context.text("target"))
     if "\0" in str(target) or not target.is_absolute() or ".." in target.parts:
         raise InvalidInput(f"target '{str(target)[:200]}' is not an absolute path")
+    if context.arguments.get("host_id") is not None:
+        return {
+            "url": str(url),
+            "datastore_id": url.datastore_id,
+            "format": image_format,
+            "target": str(target),
+            "kind": "host",
+            "directory": str(target.parent),
+            "name": checked_name(target.name, "name of the file"),
+        }
     kind = _kind_of(target)
     if kind == "file" and target.stat().st_size and not context.arguments.get("overwrite"):
         raise Conflict(f"{target} exists and is not empty", hint="--overwrite writes over it.")
@@ -64,6 +76,28 @@ def _kind_of(target: Path) -> str:
     raise InvalidInput(f"{target} is neither a file nor a block device")
 
 
+def _prepare(context: Context) -> Mapping[str, Any]:
+    """On another host: a place for the disk, whose size the catalogue knows."""
+    facts = context.facts
+    if facts["kind"] != "host":
+        return {}
+    url = parse_url(facts["url"])
+    manifest = stored.recorded(context.services.store, url.backup_id)
+    disk = manifest.disk(url.disk_id) if manifest else None
+    if disk is None:
+        raise NotFound(
+            f"the catalogue knows no disk {url.disk_id} of backup {url.backup_id}",
+            hint="Import the datastore, or download to this machine.",
+        )
+    new = NewDisk(url.disk_id, facts["name"], disk.size_bytes)
+    return {"targets": targets.prepare(context, {new.disk_id: new}, {}, facts["format"])}
+
+
+def _remove_prepared(context: Context) -> None:
+    if context.facts["kind"] == "host":
+        targets.remove_all(context)
+
+
 def _partial(context: Context) -> Mapping[str, Any]:
     if context.facts["kind"] != "new":
         return {}
@@ -79,17 +113,19 @@ def _download(context: Context) -> Mapping[str, Any]:
     descriptor = None
     if facts["kind"] == "fifo":
         descriptor = _open_fifo(context, facts["target"])
+    elif facts["kind"] == "host":
+        (target,) = targets.of(context).values()
+        options |= {"TARGET": target.target, "FORMAT": target.format}
     else:
-        target = facts.get("partial", facts["target"])
+        options["TARGET"] = facts.get("partial", facts["target"])
         if "partial" in facts:
-            Path(target).unlink(missing_ok=True)
-        options["TARGET"] = target
+            Path(facts["partial"]).unlink(missing_ok=True)
     datastore = context.services.datastore(facts["datastore_id"])
     salvaged = ""
     try:
         context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
     except (DataCorrupt, Salvaged) as damage:
-        backup_id = parse_url(facts["url"]).chain[-1][1]
+        backup_id = parse_url(facts["url"]).backup_id
         found_while_reading(context, backup_id, f"a disk could not be proved by a download: {damage}")
         if not isinstance(damage, Salvaged):
             raise
@@ -122,6 +158,8 @@ def _remove_partial(context: Context) -> None:
 
 
 def _place(context: Context) -> Mapping[str, Any]:
+    if context.facts["kind"] == "host":
+        targets.place(context, [context.facts["name"]])
     if "partial" not in context.facts:
         return {}
     partial, target = Path(context.facts["partial"]), Path(context.facts["target"])
@@ -144,6 +182,11 @@ def _rename_new(partial: Path, target: Path) -> None:
     partial.unlink()
 
 
+def _clean(context: Context) -> None:
+    if context.facts["kind"] == "host":
+        targets.clean(context)
+
+
 def _again(context: Context, failure: Failure) -> float | None:
     """What has gone down a pipe cannot be sent again."""
     return None if context.facts.get("kind") == "fifo" else retry_wait(context, failure)
@@ -157,8 +200,10 @@ DOWNLOAD = OperationKind(
     name="download",
     steps=(
         Step("PLAN", do=_plan),
+        Step("PREPARE", do=_prepare, undo=Undo("REMOVE-PREPARED", _remove_prepared)),
         Step("DOWNLOAD", do=_download, intend=_partial, undo=Undo("REMOVE", _remove_partial)),
-        Step("PLACE", do=_place),
+        Step("PLACE", do=_place, commits=True),
+        Step("CLEAN", do=_clean),
     ),
     again=_again,
     result=_result,

@@ -24,14 +24,11 @@ from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
-from oned_backup.contract.request import Outcome
-from oned_backup.contract.result import document
-from oned_backup.contract.targets import FORMATS, DiskTarget, NewDisk, disks_option, targets_from_xml
+from oned_backup.contract.targets import FORMATS, DiskTarget, NewDisk
 from oned_backup.contract.url import parse_url
 from oned_backup.errors import (
     Conflict,
     DataCorrupt,
-    DriverBug,
     InvalidInput,
     NotFound,
     OnedBackupError,
@@ -40,7 +37,7 @@ from oned_backup.errors import (
 from oned_backup.model.domain import RestoredDisk, rebuild_domain
 from oned_backup.model.host import Host
 from oned_backup.model.names import checked_name
-from oned_backup.operations import stored
+from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.domains import list_domains
@@ -159,62 +156,6 @@ def _restore_plan(context: Context) -> RestorePlan:
     return RestorePlan.from_xml(xmldoc.parse((context.work_dir / _PLAN_FILE).read_text(), what="PLAN"))
 
 
-def target_host(context: Context) -> Host | None:
-    """The host on which the files are wanted; None for this machine."""
-    host_id = context.arguments.get("host_id", context.arguments.get("define_host_id"))
-    return None if host_id is None else context.services.host(host_id)
-
-
-def call_tm(
-    context: Context, caller: Caller, action: str, outcome: Outcome | None = None, **options: str
-) -> dict[str, str]:
-    """The answer of the transfer manager to one of the actions about what is restored."""
-    host = target_host(context)
-    settings = context.services.settings
-    return caller.tm(
-        action,
-        context.text("tm_mad", "qcow2"),
-        host=None if host is None else host.element,
-        outcome=outcome,
-        deadline_s=settings.deadlines.post_backup_s,
-        options={
-            "DIRECTORY": context.facts["directory"],
-            "SOCKET_DIR": str(settings.nbd_dir),
-            "INSTALLATION": context.services.store.installation,
-            **options,
-        },
-    )
-
-
-def prepare_targets(
-    context: Context, disks: Mapping[int, NewDisk], files: Mapping[str, bytes], disk_format: str
-) -> dict[str, list[str]]:
-    """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id."""
-    caller = context.backup_caller("stream")
-    assert caller.source_dir is not None  # noqa: S101 - that is what a backup caller has
-    for name, data in files.items():
-        path = caller.source_dir / name
-        path.touch(mode=0o600)
-        path.write_bytes(data)
-    answer = call_tm(
-        context, caller, "pre_restore", DISKS=disks_option(list(disks.values())), FORMAT=disk_format
-    )
-    targets = targets_from_xml(document(answer, "TARGETS"))
-    if set(targets) != set(disks):
-        raise DriverBug("TARGETS does not have the disks that were asked for")
-    return {str(target.disk_id): [target.target, target.format] for target in targets.values()}
-
-
-def remove_all(context: Context) -> None:
-    """Undo of PREPARE, and of all that came after it: nothing that was made is left."""
-    call_tm(context, context.caller, "post_restore", Outcome.FAILURE)
-
-
-def clean(context: Context) -> None:
-    """Servers and sockets are gone; what was restored stays."""
-    call_tm(context, context.caller, "post_restore", Outcome.SUCCESS)
-
-
 def _prepare(context: Context) -> Mapping[str, Any]:
     plan = _restore_plan(context)
     names = context.facts["names"]
@@ -222,7 +163,7 @@ def _prepare(context: Context) -> Mapping[str, Any]:
         disk.disk_id: NewDisk(disk.disk_id, names[str(disk.disk_id)], disk.size_bytes) for disk in plan.disks
     }
     try:
-        return {"targets": prepare_targets(context, disks, dict(plan.files), context.facts["format"])}
+        return {"targets": targets.prepare(context, disks, dict(plan.files), context.facts["format"])}
     except Conflict as error:
         raise Conflict(error.message, hint="Choose an empty directory with --to.") from error
 
@@ -230,15 +171,12 @@ def _prepare(context: Context) -> Mapping[str, Any]:
 def _download(context: Context) -> Mapping[str, Any]:
     """All disks side by side. `Salvaged` is an answer, any other error the end of all."""
     plan = _restore_plan(context)
-    targets = {
-        int(disk_id): DiskTarget(int(disk_id), *target)
-        for disk_id, target in context.facts["targets"].items()
-    }
+    wanted = targets.of(context)
     damage: dict[int, DataCorrupt] = {}
 
     def fetch(disk: StoredDisk, caller: Caller) -> str:
         try:
-            return _download_disk(context, caller, disk, targets[disk.disk_id])
+            return _download_disk(context, caller, disk, wanted[disk.disk_id])
         except DataCorrupt as error:
             damage[disk.disk_id] = error
             raise
@@ -298,7 +236,7 @@ def _expected_bytes(context: Context, disk: StoredDisk) -> int:
 
 def _place(context: Context) -> Mapping[str, Any]:
     names = [*context.facts["names"].values(), *context.facts["files"]]
-    call_tm(context, context.caller, "restore", NAMES=",".join(names))
+    targets.place(context, names)
     return {"placed": sorted(str(Path(context.facts["directory"]) / name) for name in names)}
 
 
@@ -321,7 +259,7 @@ def _keep_if_defined(context: Context) -> None:
     name = context.facts["name"]
     if name in {domain.name for domain in list_domains(context.caller, host)}:
         with suppress(OnedBackupError):
-            clean(context)
+            targets.clean(context)
         raise Conflict(
             f"domain {name} is defined on {host.name} and uses the files in {context.facts['directory']}:"
             " they are kept"
@@ -339,11 +277,11 @@ RESTORE = OperationKind(
     name="restore",
     steps=(
         Step("PLAN", do=_plan),
-        Step("PREPARE", do=_prepare, undo=Undo("REMOVE", remove_all)),
+        Step("PREPARE", do=_prepare, undo=Undo("REMOVE", targets.remove_all)),
         Step("DOWNLOAD", do=_download),
         Step("PLACE", do=_place),
         Step("DEFINE", do=_define, undo=Undo("KEEP", _keep_if_defined, guards=True), commits=True),
-        Step("CLEAN", do=clean),
+        Step("CLEAN", do=targets.clean),
     ),
     result=lambda context: dict(_result(context)),
 )

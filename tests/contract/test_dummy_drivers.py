@@ -159,7 +159,7 @@ def test_what_is_restored_replaces_nothing_and_can_be_taken_back(lab: Lab, tmp_p
     lab.tm("post_restore", None, **where, outcome=Outcome.FAILURE)
     assert sorted(path.name for path in target.iterdir()) == ["domain.xml", "theirs"]
     assert not made.parent.exists()
-    with pytest.raises(Conflict, match="domain.xml exists already"):
+    with pytest.raises(Conflict, match=r"domain\.xml exists already"):
         prepare()
     (target / "domain.xml").unlink()
     prepare()

@@ -1,0 +1,85 @@
+"""What a restore or download has a transfer manager do on the host where the files are wanted.
+
+The facts of the operation have `directory`, and after PREPARE `targets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from oned_backup.contract.request import Outcome
+from oned_backup.contract.result import document
+from oned_backup.contract.targets import DiskTarget, NewDisk, disks_option, targets_from_xml
+from oned_backup.errors import DriverBug
+from oned_backup.model.host import Host
+from oned_backup.operations.context import Context
+from oned_backup.operations.services import Caller
+
+
+def host_of(context: Context) -> Host | None:
+    """The host on which the files are wanted; None for this machine."""
+    host_id = context.arguments.get("host_id", context.arguments.get("define_host_id"))
+    return None if host_id is None else context.services.host(host_id)
+
+
+def _call_tm(
+    context: Context, caller: Caller, action: str, outcome: Outcome | None = None, **options: str
+) -> dict[str, str]:
+    """The answer of the transfer manager to one of the actions about what is restored."""
+    host = host_of(context)
+    settings = context.services.settings
+    return caller.tm(
+        action,
+        context.text("tm_mad", "qcow2"),
+        host=None if host is None else host.element,
+        outcome=outcome,
+        deadline_s=settings.deadlines.post_backup_s,
+        options={
+            "DIRECTORY": context.facts["directory"],
+            "SOCKET_DIR": str(settings.nbd_dir),
+            "INSTALLATION": context.services.store.installation,
+            **options,
+        },
+    )
+
+
+def prepare(
+    context: Context, disks: Mapping[int, NewDisk], files: Mapping[str, bytes], disk_format: str
+) -> dict[str, list[str]]:
+    """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id."""
+    caller = context.backup_caller("stream")
+    assert caller.source_dir is not None  # noqa: S101 - that is what a backup caller has
+    for name, data in files.items():
+        path = caller.source_dir / name
+        path.touch(mode=0o600)
+        path.write_bytes(data)
+    answer = _call_tm(
+        context, caller, "pre_restore", DISKS=disks_option(list(disks.values())), FORMAT=disk_format
+    )
+    targets = targets_from_xml(document(answer, "TARGETS"))
+    if set(targets) != set(disks):
+        raise DriverBug("TARGETS does not have the disks that were asked for")
+    return {str(target.disk_id): [target.target, target.format] for target in targets.values()}
+
+
+def remove_all(context: Context) -> None:
+    """Undo of PREPARE, and of all that came after it: nothing that was made is left."""
+    _call_tm(context, context.caller, "post_restore", Outcome.FAILURE)
+
+
+def clean(context: Context) -> None:
+    """Servers and sockets are gone; what was restored stays."""
+    _call_tm(context, context.caller, "post_restore", Outcome.SUCCESS)
+
+
+def of(context: Context) -> dict[int, DiskTarget]:
+    """What PREPARE has found, by disk."""
+    return {
+        int(disk_id): DiskTarget(int(disk_id), target, image_format)
+        for disk_id, (target, image_format) in context.facts["targets"].items()
+    }
+
+
+def place(context: Context, names: Sequence[str]) -> None:
+    """Give all of these files their names: they are durable, and have replaced nothing."""
+    _call_tm(context, context.caller, "restore", NAMES=",".join(names))
