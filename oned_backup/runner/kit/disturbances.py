@@ -66,15 +66,15 @@ def filled_files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def changed_byte(file: Path) -> Iterator[None]:
-    """While inside, one byte in the middle of `file` is another one."""
+def changed_byte(file: Path, share: float = 0.5) -> Iterator[None]:
+    """While inside, one byte of `file` is another one: that after a share of it, in the middle."""
     with file.open("r+b") as opened:
-        middle = file.stat().st_size // 2
-        opened.seek(middle)
+        place = int(file.stat().st_size * share)
+        opened.seek(place)
         old = opened.read(1)
-        opened.seek(middle)
+        opened.seek(place)
         opened.write(bytes([old[0] ^ 0x10]))
         opened.flush()
         yield
-        opened.seek(middle)
+        opened.seek(place)
         opened.write(old)

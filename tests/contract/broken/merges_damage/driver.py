@@ -7,7 +7,7 @@ from plain import CORRUPT, Failure, Plain
 
 class Broken(Plain):
     def proved(self, path):
-        if "ODB_OPT_MERGE_IDS" not in os.environ:
+        if "ODB_OPT_MERGE_IDS" not in os.environ or not path.name.startswith("disk"):
             return super().proved(path)
         try:
             return path.read_bytes()
