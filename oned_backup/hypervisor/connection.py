@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +21,14 @@ from oned_backup.errors import (
     Unavailable,
     Unsupported,
 )
-from oned_backup.ssh.command import failure as ssh_failure
 from oned_backup.ssh.command import wrapper_path
+from oned_backup.ssh.host_keys import explained
 from oned_backup.ssh.libvirt_uri import LibvirtUri, parse_uri
 
 #: for a libvirt on another machine to answer; ssh itself gives up a dead link before
 _CONNECT_S = 30.0
+#: what libvirt says before the last words of its ssh
+_SSH_ENDED = re.compile(r"(?:Cannot recv data|End of file while reading data): (.*)", re.DOTALL)
 
 
 class CheckpointUnusable(DriverFailed):
@@ -88,8 +91,9 @@ def connected(uri: str) -> Iterator[Any]:
     try:
         connection = _open_remote(place) if place.is_remote else libvirt.open(uri)
     except libvirt.libvirtError as error:
-        if place.is_remote and "Cannot recv data" in str(error):
-            raise ssh_failure(place.target, str(error).partition("Cannot recv data: ")[2]) from error
+        ended = _SSH_ENDED.search(str(error)) if place.is_remote else None
+        if ended:
+            raise _ssh_failure(place, ended[1]) from error
         failure = translated(error, f"libvirt at {uri}")
         if isinstance(failure, PermissionDenied | Misconfigured):
             raise failure from error
@@ -99,6 +103,16 @@ def connected(uri: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             connection.close()
+
+
+def _ssh_failure(place: LibvirtUri, words: str) -> OnedBackupError:
+    """Why the ssh ended by which libvirt was to be reached."""
+    if "nc: not found" in words:
+        return Misconfigured(
+            f"libvirt on {place.machine}: it has neither virt-ssh-helper (libvirt 6.8) nor nc",
+            hint=f"Install netcat-openbsd on {place.machine}; a URI with socket= needs it in any case.",
+        )
+    return explained(place.target, words.partition(": Connection reset by peer")[0])
 
 
 def _open_remote(place: LibvirtUri) -> Any:

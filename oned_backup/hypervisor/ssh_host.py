@@ -32,8 +32,8 @@ from oned_backup.errors import (
     Unavailable,
 )
 from oned_backup.hypervisor.host import Completed, packed, unpacked
-from oned_backup.ssh.command import changed_key, config_path, failure, quoted, ssh_argv, unknown_key, watched
-from oned_backup.ssh.host_keys import seen_fingerprint
+from oned_backup.ssh.command import changed_key, config_path, quoted, ssh_argv, unknown_key, watched
+from oned_backup.ssh.host_keys import explained, seen_fingerprint
 
 MAX_OUTPUT_BYTES = 64 << 20
 
@@ -235,7 +235,7 @@ class SshHost:
                 stderr=stderr,
             )
         if done.returncode != 0:
-            raise failure(self.target, log.read_text(errors="replace"))
+            raise explained(self.target, log.read_text(errors="replace"))
         return local
 
     def end_forwards(self) -> None:

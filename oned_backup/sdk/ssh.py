@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from oned_backup.errors import DriverFailed, Misconfigured, OnedBackupError
 from oned_backup.sdk.process import MAX_OUTPUT_BYTES, Completed, run
-from oned_backup.ssh.command import FAILED, config_path, failure, ssh_argv, unknown_key, watched, wrapper_path
-from oned_backup.ssh.host_keys import seen_fingerprint
+from oned_backup.ssh.command import FAILED, config_path, ssh_argv, watched, wrapper_path
+from oned_backup.ssh.host_keys import explained
 
 __all__ = ["config_path", "failed", "remote_run", "ssh_argv", "wrapper_path"]
 
@@ -56,7 +56,4 @@ def remote_run(
 
 def failed(target: str, stderr: bytes) -> OnedBackupError:
     """The error for an ssh, or a program that uses it, which ended with 255 and these last words."""
-    error = failure(target, stderr.decode("utf-8", "replace"))
-    if isinstance(error, Misconfigured) and "is not known" in error.message:
-        return unknown_key(target.rpartition("@")[2], seen_fingerprint(config_path(), target))
-    return error
+    return explained(target, stderr.decode("utf-8", "replace"))

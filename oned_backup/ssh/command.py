@@ -104,7 +104,7 @@ def failure(target: str, stderr: str) -> OnedBackupError:
     """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     words = lines[-1] if lines else "no message"
-    host = target.rpartition("@")[2]
+    host = host_of(target)
     if "HOST IDENTIFICATION HAS CHANGED" in stderr:
         return changed_key(host, _fingerprint(stderr))
     if "Host key verification failed" in stderr:
@@ -117,6 +117,11 @@ def failure(target: str, stderr: str) -> OnedBackupError:
     if "Bad configuration option" in stderr or "Bad owner or permissions" in stderr:
         return Misconfigured(f"ssh to {target}: {words}")
     return Unavailable(f"ssh to {target}: {words}")
+
+
+def host_of(target: str) -> str:
+    """The host in a target, for people."""
+    return target.removeprefix("ssh://").rpartition("@")[2]
 
 
 def unknown_key(host: str, fingerprint: str = "") -> Misconfigured:

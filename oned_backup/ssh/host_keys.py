@@ -17,8 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from oned_backup.errors import InvalidInput, Misconfigured, Unavailable
-from oned_backup.ssh.command import ssh_argv
+from oned_backup.errors import InvalidInput, Misconfigured, OnedBackupError, Unavailable
+from oned_backup.ssh.command import config_path, failure, host_of, ssh_argv, unknown_key
 from oned_backup.ssh.config_file import replace_file
 
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
@@ -74,13 +74,12 @@ def seen_fingerprint(config: Path, target: str) -> str:
     return "" if key is None else key.fingerprint
 
 
-def is_known(config: Path, name: str) -> bool:
-    """Whether known_hosts has a key for `name`, as `HostKey.name` has it."""
-    try:
-        lines = config.with_name("known_hosts").read_text().splitlines()
-    except FileNotFoundError:
-        return False
-    return any(_is_of(line, name) for line in lines)
+def explained(target: str, stderr: str) -> OnedBackupError:
+    """As `command.failure`; an unknown host's error names the key that it shows."""
+    error = failure(target, stderr)
+    if isinstance(error, Misconfigured) and "is not known" in error.message:
+        return unknown_key(host_of(target), seen_fingerprint(config_path(), target))
+    return error
 
 
 def _ask(config: Path, target: str, algorithms: str) -> HostKey | None:
