@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from oned_backup.cli import follow, output
-from oned_backup.cli.session import Json, Wait, client, key_values
+from oned_backup.cli.client import Client
+from oned_backup.cli.parameters import parameter_values
+from oned_backup.cli.session import Json, Wait, client
 
 app = typer.Typer(help="Where backups are kept.", no_args_is_help=True)
 
 _Ref = Annotated[str, typer.Argument(metavar="DATASTORE", help="Id or name.")]
-_Values = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="The driver's parameters.")]
+_Values = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]…", help="The driver's parameters; KEY=@FILE or KEY=- (ask) for a secret."
+    ),
+]
 
 
 @app.command()
@@ -22,11 +30,19 @@ def create(
     values: _Values = None,
     *,
     driver: Annotated[str, typer.Option(help="Datastore driver; see `driver list`.")],
+    accept_host_key: Annotated[
+        str,
+        typer.Option(
+            metavar="SHA256:…", help="Fingerprint of its server's SSH host key, as you compared it."
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Create a datastore; it must be reachable."""
-    body = {"name": name, "driver": driver, "values": key_values(values or [])}
-    _print_one(client().post("datastores", body), as_json=json)
+    api = client()
+    given = parameter_values(values or [], _secret_names(api, driver))
+    body = {"name": name, "driver": driver, "values": given, "accept_host_key": accept_host_key}
+    _print_one(api.post("datastores", body), as_json=json)
 
 
 @app.command("list")
@@ -71,8 +87,10 @@ def update(
 ) -> None:
     """Change parameters, and enable the datastore again; an empty value restores the default."""
     api = client()
-    body = {"name": name, "values": key_values(values or [])}
-    _print_one(api.patch(f"datastores/{api.resolve('datastore', ref)}", body), as_json=json)
+    datastore_id = api.resolve("datastore", ref)
+    driver = api.get(f"datastores/{datastore_id}")["driver"]
+    given = parameter_values(values or [], _secret_names(api, driver))
+    _print_one(api.patch(f"datastores/{datastore_id}", {"name": name, "values": given}), as_json=json)
 
 
 @app.command()
@@ -105,6 +123,10 @@ def _show_import(operation: Mapping[str, Any]) -> None:
         f"{found['backups']} backups imported into {found['images']} images,"
         f" {found['vms']} new VMs; {found['known']} backups were known"
     )
+
+
+def _secret_names(api: Client, driver: str) -> list[str]:
+    return [str(name) for name in api.get(f"drivers/datastore/{quote(driver, safe='')}")["secrets"]]
 
 
 def _print_one(datastore: Mapping[str, Any], *, as_json: bool) -> None:
