@@ -12,12 +12,14 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from oned_backup.contract.targets import FORMATS, NewDisk
-from oned_backup.contract.url import parse_url
+from oned_backup.contract.url import DiskUrl, parse_url
 from oned_backup.errors import Cancelled, Conflict, DataCorrupt, InvalidInput, NotFound, Salvaged, Unavailable
+from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.names import checked_name
 from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
@@ -31,6 +33,7 @@ _READER_WAIT_S = 30.0
 def _plan(context: Context) -> Mapping[str, Any]:
     url = parse_url(context.text("url"))
     stored.datastore_of_url(context.services, url.datastore_id, url.scheme)
+    url = _present_url(context, url)
     image_format = context.text("format", "raw")
     if image_format not in FORMATS:
         raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
@@ -57,6 +60,40 @@ def _plan(context: Context) -> Mapping[str, Any]:
         "target": str(target),
         "kind": kind,
     }
+
+
+def _present_url(context: Context, url: DiskUrl) -> DiskUrl:
+    """`url`, or where backups in it were merged since: the URL by which the same content is had now.
+
+    `NotFound` if that content is gone. A store that the catalogue does not know is asked as it is.
+    """
+    store = context.services.store
+    manifest = stored.recorded(store, url.backup_id)
+    if manifest is None:
+        for row in store.backups(vm_id=url.vm_id, datastore_id=url.datastore_id):
+            other = parse_manifest(row.manifest, what=f"backup {row.backup_id}")
+            if url.backup_id in other.replaces:
+                raise NotFound(
+                    f"restore point {url.backup_id} was merged into {other.id}, which is a later one",
+                    hint=f"`oned-backup image ls {row.image_id}` shows what there is.",
+                )
+        return url
+    if all(_is_recorded(context, backup_id) for _, backup_id in url.chain):
+        return url
+    row = store.backup(manifest.id)
+    image = context.services.image(row.image_id)
+    listing = stored.list_disks(context.services, context.caller, image, row.increment_id)
+    found = next((disk for disk in listing.disks if disk.disk_id == url.disk_id), None)
+    if found is None:
+        raise NotFound(f"backup {manifest.id} has no disk {url.disk_id}")
+    context.note(f"backups of this URL were merged since; the same disk is now {found.url}")
+    return parse_url(found.url)
+
+
+def _is_recorded(context: Context, backup_id: str) -> bool:
+    with suppress(NotFound):
+        return bool(context.services.store.backup(backup_id))
+    return False
 
 
 def _kind_of(target: Path) -> str:
