@@ -113,6 +113,8 @@ class Settings(BaseSettings):
     workers_per_host: int = Field(default=2, ge=1, le=256)
     #: disks that one restore reads side by side
     disks_at_a_time: int = Field(default=4, ge=1, le=64)
+    #: how often stores are pruned whose removals free no space by themselves; 0 = never
+    prune_every_h: float = Field(default=24, ge=0)
     freeze_timeout_s: float = Field(default=10, gt=0, le=60)
     #: a driver that gives no sign of life for so long is ended
     inactivity_s: float = Field(default=300, gt=0)

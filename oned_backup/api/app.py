@@ -366,6 +366,10 @@ def _add_datastores(app: FastAPI, service: Service) -> None:
     def import_store(datastore_id: int) -> Any:
         return views.operation_view(service, requests.import_store(service, datastore_id))
 
+    @app.post("/v1/datastores/{datastore_id}/prune")
+    def prune(datastore_id: int) -> Any:
+        return views.operation_view(service, requests.prune(service, datastore_id))
+
 
 def _add_images(app: FastAPI, service: Service) -> None:
     services = service.services

@@ -117,6 +117,20 @@ def import_store(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
     follow.conclude(api, operation, wait=wait, as_json=json, show=_show_import)
 
 
+@app.command()
+def prune(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
+    """Free the space of removed backups, where a store does not do so at once; the daemon does it daily."""
+    api = client()
+    operation = api.post(f"datastores/{api.resolve('datastore', ref)}/prune")
+    follow.conclude(
+        api,
+        operation,
+        wait=wait,
+        as_json=json,
+        show=lambda ended: output.say(f"{ended['result']['freed_mb']} MB freed"),
+    )
+
+
 def _show_import(operation: Mapping[str, Any]) -> None:
     found = operation["result"]
     output.say(

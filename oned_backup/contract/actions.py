@@ -61,6 +61,7 @@ _TABLE = (
     Action(Kind.DATASTORE, "rm", mandatory=True),
     Action(Kind.DATASTORE, "monitor", ("TOTAL_MB", "USED_MB", "FREE_MB"), mandatory=True),
     Action(Kind.DATASTORE, "catalogue", ("CATALOGUE",)),
+    Action(Kind.DATASTORE, "prune", optional=("FREED_MB",)),
     Action(Kind.VMM, "monitor", ("DOMAINS",), mandatory=True),
     Action(Kind.VMM, "dump_xml", ("DOMAIN", "STATE"), ("CAPACITY",), mandatory=True),
     Action(Kind.VMM, "define", ("DEPLOY_ID",)),

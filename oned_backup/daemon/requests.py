@@ -156,6 +156,13 @@ def import_store(service: Service, datastore_id: int) -> Operation:
     return service.submit("import", datastore_lock(datastore_id), arguments, datastore_id=datastore_id)
 
 
+def prune(service: Service, datastore_id: int) -> Operation:
+    """Queue the freeing of what a store does not need any more."""
+    service.services.datastore(datastore_id)
+    arguments = {"datastore_id": datastore_id}
+    return service.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
+
+
 def waits_for(service: Service, operation: Operation) -> Operation | None:
     """The running operation that a queued one must wait for, None if it waits for a worker only."""
     if operation.state is not OperationState.QUEUED:

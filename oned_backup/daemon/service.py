@@ -26,6 +26,7 @@ from oned_backup.operations.engine import run_operation
 from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
+from oned_backup.operations.prune import due
 from oned_backup.operations.recovery import recover
 from oned_backup.operations.services import (
     QUERY_PREFIX,
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 #: a worker looks at the queue at least so often
 _LOOK_S = 5.0
+#: how often it is looked whether a store is to be pruned
+_UPKEEP_S = 600.0
 _OPERATION_ID_LENGTH = len("op-") + 12
 #: how long the journal keeps operations that have ended
 _KEEP_JOURNAL_S = 90 * 86_400
@@ -92,6 +95,7 @@ class Service:
             self._threads.append(thread)
         recovery = threading.Thread(target=self._recover, name="recovery", daemon=True)
         self._threads.append(recovery)
+        self._threads.append(threading.Thread(target=self._upkeep, name="upkeep", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -174,6 +178,28 @@ class Service:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+    def _upkeep(self) -> None:
+        """Queue what is due by itself, until the daemon stops."""
+        self.recovered.wait()
+        while True:
+            with self._work:
+                if self._stopping:
+                    return
+            try:
+                for datastore_id in due(self.services):
+                    arguments = {"datastore_id": datastore_id}
+                    self.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
+            except OnedBackupError:
+                logger.exception("upkeep")
+            self._pause(_UPKEEP_S)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait so long, or until the daemon stops."""
+        until = time.monotonic() + seconds
+        with self._work:
+            while not self._stopping and (left := until - time.monotonic()) > 0:
+                self._work.wait(left)
 
     def _worker(self) -> None:
         self.recovered.wait()

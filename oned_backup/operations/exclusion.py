@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from oned_backup.store import Operation
 
 #: what nobody waits for: it must leave workers to backups and restores
-BACKGROUND = frozenset({"flatten", "remove"})
+BACKGROUND = frozenset({"flatten", "remove", "prune"})
 _READING = frozenset({"restore", "verify", "download"})
 _RETAINING = frozenset({"retention", "flatten", "remove"})
 _TAKING = frozenset({"delete", "cut"})

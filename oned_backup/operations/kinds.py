@@ -12,13 +12,14 @@ from oned_backup.operations.download import DOWNLOAD
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.flatten import FLATTEN
 from oned_backup.operations.import_store import IMPORT
+from oned_backup.operations.prune import PRUNE
 from oned_backup.operations.restore import RESTORE
 from oned_backup.operations.retention import RETENTION
 from oned_backup.operations.verify import VERIFY
 
 KINDS: dict[str, OperationKind] = {
     kind.name: kind
-    for kind in (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE)
+    for kind in (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE)
 }
 
 

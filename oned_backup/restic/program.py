@@ -15,7 +15,7 @@ import selectors
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,7 @@ _GRACE_S = 5.0
 _LOCK_WAIT_S = 60.0
 _LOCK_PAUSE_S = 2.0
 _MOUNT_S = 120.0
+_SIGN_OF_LIFE_S = 60.0
 
 #: the first that is found counts: what is wrong with us or the way there comes before damage
 _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
@@ -107,10 +108,15 @@ class Started:
         """Whether it has."""
         return self._process.poll() is not None
 
-    def wait(self) -> Completed:
-        """Its end."""
-        self._process.wait()
-        return self.so_far()
+    def wait(self, alive: Callable[[], None] = lambda: None) -> Completed:
+        """Its end; `alive` is called now and then meanwhile."""
+        while True:
+            try:
+                self._process.wait(_SIGN_OF_LIFE_S)
+            except subprocess.TimeoutExpired:
+                alive()
+            else:
+                return self.so_far()
 
     def so_far(self) -> Completed:
         """What it printed up to now."""
@@ -129,7 +135,10 @@ class Started:
 
 
 class Repository:
-    """One repository. `prefix`: what restic is started by (`nice`…); `flags`: of every call."""
+    """One repository. `prefix`: what restic is started by (`nice`…); `flags`: of every call.
+
+    `alive` is called now and then while restic works.
+    """
 
     def __init__(
         self,
@@ -138,7 +147,9 @@ class Repository:
         *,
         prefix: Sequence[str] = (),
         flags: Sequence[str] = (),
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
+        self._alive = alive
         self.location = location
         self._argv = [
             *prefix,
@@ -157,7 +168,7 @@ class Repository:
     def run(self, *words: str) -> Completed:
         """Its end, good or bad."""
         with self.start(*words) as started:
-            return started.wait()
+            return started.wait(self._alive)
 
     def must(self, *words: str) -> Completed:
         """Its good end; else what `error` makes of it. Locks are treated as `awaited` does."""

@@ -93,9 +93,7 @@ class Settings:
     def prune_flags(self) -> list[str]:
         """How much a prune may leave and move."""
         flags = ["--max-unused", self.parameters.get("RESTIC_PRUNE_MAX_UNUSED", "5%")]
-        if most := self.parameters.get("RESTIC_PRUNE_MAX_REPACK"):
-            flags += ["--max-repack-size", most]
-        return flags
+        return [*flags, "--max-repack-size", self.parameters.get("RESTIC_PRUNE_MAX_REPACK", "1G")]
 
     def _in_bucket(self, vm: str) -> Location:
         endpoint = self.parameters.get("RESTIC_S3_ENDPOINT", _DEFAULT_ENDPOINT)
@@ -170,6 +168,7 @@ def repository(call: Call, settings: Settings, vm: str) -> Repository:
         call.secret_path(PASSWORD),
         prefix=settings.prefix(),
         flags=settings.flags(),
+        alive=lambda: call.log("restic is at work"),
     )
 
 

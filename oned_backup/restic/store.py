@@ -113,6 +113,10 @@ class Store:
         """Remove the packs that a broken backup left, without moving any others."""
         repo.must("prune", "--max-repack-size", "0")
 
+    def prune(self, vm: str) -> None:
+        """Free what a VM's repository does not need; a backup that wants to begin waits for that long."""
+        self.repository(vm).must("prune", *self.settings.prune_flags())
+
     def vms(self) -> list[str]:
         """The VMs that have a repository."""
         try:

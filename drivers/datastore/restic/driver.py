@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from oned_backup.contract.documents import Catalogue
-from oned_backup.errors import DataCorrupt, NotFound
+from oned_backup.errors import Busy, DataCorrupt, NotFound
 from oned_backup.model.manifest import Manifest
 from oned_backup.restic.store import Store
 from oned_backup.sdk import Answer, Call, restore_points
@@ -100,6 +100,19 @@ class ResticDatastore(FolderStore):
             except DataCorrupt as error:
                 unreadable.append((vm, error.message))
         return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
+
+    def prune(self, call: Call) -> Answer:
+        """Free what no backup needs, in each repository; one that is in use has its turn next time."""
+        store = Store(call)
+        before = store.space_mb()[1]
+        for vm in store.vms():
+            try:
+                store.prune(vm)
+            except Busy as error:
+                call.warn(f"VM {vm} is left for the next time: {error.message}")
+            except NotFound:
+                continue
+        return {"FREED_MB": max(before - store.space_mb()[1], 0)}
 
     def _stored(self, call: Call, open_files: Callable[[], BackupFiles]) -> Manifest:
         """The manifest of the call's backup, which is stored unless it is there already."""
