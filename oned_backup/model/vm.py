@@ -248,6 +248,17 @@ def sync_domain(
     return synced if vm.in_backup else with_power(synced, state)
 
 
+def with_placement(vm: Vm, placement: Placement, *, date: int) -> Vm:
+    """`vm` on another host since `date`; the hosts before stay in its history."""
+    element = xmldoc.copy(vm.element)
+    records = section(element, "HISTORY_RECORDS")
+    history = xmldoc.build("HISTORY", _history(vm.id, placement, date, vm.owner))
+    xmldoc.put(history, "SEQ", len(records.findall("HISTORY")))
+    records.append(history)
+    xmldoc.put(section(element, "TEMPLATE"), "TM_MAD_SYSTEM", placement.tm_mad)
+    return Vm(element)
+
+
 def has_agent_channel(domain: xmldoc.Element) -> bool:
     """Whether the domain has the channel that the QEMU guest agent listens on."""
     names = (target.get("name") for target in domain.iterfind("devices/channel/target"))

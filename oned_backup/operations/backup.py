@@ -59,9 +59,10 @@ from oned_backup.operations import inventory, record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
-from oned_backup.operations.domains import look_up_domain, refresh_vm
+from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock
+from oned_backup.operations.moving import refreshed
 from oned_backup.operations.services import new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.store import BackupState, OperationState
@@ -83,8 +84,10 @@ def _plan(context: Context) -> Mapping[str, Any]:
     )
     with ThreadPoolExecutor(1) as beside:
         asked = beside.submit(inventory.free_mb, services, chain.datastore_id, context.caller)
-        vm, state = refresh_vm(services, context.caller, vm_id)
+        vm, state, moved = refreshed(services, context.caller, vm_id)
         free_mb = asked.result()
+    if moved:
+        context.note(moved)
     if state is DomainState.CRASHED:
         raise Conflict(
             f"VM {vm_id} ({vm.name}) has crashed and is kept as it is for inspection",

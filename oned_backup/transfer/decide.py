@@ -29,7 +29,7 @@ class Tracking(StrEnum):
 
 @dataclass(frozen=True)
 class Current:
-    """A disk as it is now. `source_id` is `device:inode`; `backing` the files below it."""
+    """A disk as it is now. `source_id` is `device:inode[@machine]`; `backing` the files below it."""
 
     disk_id: int
     target: str
@@ -92,8 +92,12 @@ def is_same_disk(before: DiskExport, now: Current) -> bool:
     """Whether `now` is the parent's disk, an overlay on it, or what an overlay of it was committed into.
 
     The device number in the ids is not compared: for network file systems and
-    device mapper it is another one after a reboot.
+    device mapper it is another one after a reboot. If the domain has moved to another host,
+    its bitmap has the last word: it has the parent's name, and only that image or a copy of
+    it has one of that name, with the data that belongs to it.
     """
+    if _machine(before.source_id) != _machine(now.source_id):
+        return True
     if before.source == now.source:
         return _inode(before.source_id) == _inode(now.source_id)
     return before.source in now.backing or now.source in before.backing
@@ -106,6 +110,11 @@ def refused(text: str) -> Decision:
 
 def _full(reason: Reason, text: str = "") -> Decision:
     return Decision(BackupType.FULL, reason, text)
+
+
+def _machine(source_id: str) -> str:
+    """The host of a file, as its id has it: `device:inode@machine`; empty for the daemon's own."""
+    return source_id.partition("@")[2]
 
 
 def _inode(source_id: str) -> str:
