@@ -35,7 +35,14 @@ ASK: Mapping[str, Callable[[Simulation], str]] = {
 #: the drivers' actions that a kind of operation takes
 ACTIONS = {
     "backup": ("dummy.dump_xml", "dummy.pre_backup_live", "fs.backup", "dummy.post_backup_live"),
-    "restore": ("fs.restore", "fs.download", "dummy.restore", "dummy.define"),
+    "restore": (
+        "fs.restore",
+        "dummy.pre_restore",
+        "fs.download",
+        "dummy.restore",
+        "dummy.define",
+        "dummy.post_restore",
+    ),
     "verify": ("fs.verify",),
     "delete": ("fs.rm",),
     "download": ("fs.download",),
@@ -49,8 +56,8 @@ WITHIN = {
 UNDOS = {
     "backup": (("fs.backup.acted", "undo-STORE"), ("fs.backup.begun", "undo-PREPARE")),
     "restore": (
-        ("fs.download.acted", "undo-DOWNLOAD"),
-        ("dummy.restore.acted", "undo-PLACE"),
+        ("fs.download.acted", "undo-PREPARE"),
+        ("dummy.restore.acted", "undo-PREPARE"),
         ("dummy.define.acted", "undo-DEFINE"),
     ),
     "download": (("fs.download.acted", "undo-DOWNLOAD"),),
