@@ -5,6 +5,10 @@ UUID; one that is nowhere known gets a document in state DONE, as OpenNebula has
 for VMs that are gone, so that its backups can be listed and restored. Chains
 are imported as they are and not continued: the next backup of an imported VM
 starts a new one (the checkpoints belong to the installation that made them).
+
+Where a store has a merged backup beside what went into it, the merged one counts,
+and the others are named as left over: whoever merged did not get to removing them.
+Unless the catalogue has those: then the merged one is left over, or not done yet.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
@@ -41,6 +45,9 @@ from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
 
+#: a backup's manifest, and its text
+Entry: TypeAlias = tuple[Manifest, str]
+
 _MIB = 1024 * 1024
 
 
@@ -65,17 +72,20 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     unreadable = [f"{name}: {text}" for name, text in catalogue.unreadable]
     known = {row.backup_id for row in tx.backups()}
     changing = _changing(context, tx)
-    chains: dict[tuple[int, str], list[tuple[Manifest, str]]] = defaultdict(list)
+    found: list[Entry] = []
     for text in catalogue.manifests:
         try:
-            manifest = parse_manifest(text)
+            found.append((parse_manifest(text), text))
         except DataCorrupt as error:
             unreadable.append(str(error))
-            continue
-        chains[manifest.vm_id, manifest.chain_id].append((manifest, text))
+    counting, left_over = without_replaced(found, known)
+    chains: dict[tuple[int, str], list[Entry]] = defaultdict(list)
+    merged = {name: m for m, _ in counting if m.replaces for name in (m.id, *m.replaces)}
+    for entry in counting:
+        chains[entry[0].vm_id, chain_of(entry[0], merged)].append(entry)
     counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
-    for (_, chain_id), found in sorted(chains.items(), key=lambda item: item[1][0][0].date):
-        entries, doubles = _one_of_each(found, known)
+    for (_, chain_id), members in sorted(chains.items(), key=lambda item: item[1][0][0].date):
+        entries, doubles = _one_of_each(members, known)
         unreadable += doubles
         missing = [entry for entry in entries if entry[0].id not in known]
         counts["known"] += len(entries) - len(missing)
@@ -84,14 +94,16 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
         if entries[0][0].vm_uuid in changing:
             unreadable.append(f"chain {chain_id}: its VM was backed up or its backups removed meanwhile")
             continue
-        if entries[0][0].id != chain_id:
+        if entries[0][0].parent_id:
             unreadable.append(f"chain {chain_id}: its first backup is not in the store")
             continue
         counts["backups"] += len(missing)
         _import_chain(context, tx, entries, counts, known)
     for text in unreadable:
         context.note(f"not imported: {text}")
-    return {**counts, "unreadable": unreadable}
+    for text in left_over:
+        context.note(f"left over: {text}")
+    return {**counts, "unreadable": unreadable, "left_over": left_over}
 
 
 def _changing(context: Context, tx: Transaction) -> set[str]:
@@ -110,18 +122,56 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
     return {vm.uuid for entry in tx.find("vm") if (vm := Vm(entry.element)).id in ids}
 
 
-def _one_of_each(
-    entries: Sequence[tuple[Manifest, str]], known: Collection[str]
-) -> tuple[list[tuple[Manifest, str]], list[str]]:
+def without_replaced(entries: Sequence[Entry], known: Collection[str]) -> tuple[list[Entry], list[str]]:
+    """The backups that count, and what is said of those that are left over from merges.
+
+    `known`: the ids of the catalogue. What it has and the store too stays; else a merged backup wins
+    over what it replaces.
+    """
+    known = set(known) & {manifest.id for manifest, _ in entries}
+    undone = {m.id for m, _ in entries if m.id not in known and known & set(m.replaces)}
+    replaced = {
+        name: manifest for manifest, _ in entries if manifest.id not in undone for name in manifest.replaces
+    }
+    counting, left_over = [], []
+    for manifest, text in entries:
+        if manifest.id in undone:
+            left_over.append(f"backup {manifest.id}: the catalogue has what was merged into it")
+        elif manifest.id in replaced and manifest.id not in known:
+            left_over.append(f"backup {manifest.id}: merged into {replaced[manifest.id].id}")
+        else:
+            counting.append((manifest, text))
+    return counting, left_over
+
+
+def chain_of(manifest: Manifest, merged: Mapping[str, Manifest]) -> str:
+    """The chain that a backup belongs to.
+
+    A backup names the chain by the one that began it when it was made, which may have been merged since.
+    `merged`: the merged backups, by their own ids and by those of what they replace.
+    """
+    chain_id, seen = manifest.chain_id, {""}
+    while chain_id in merged and chain_id not in seen:
+        seen.add(chain_id)
+        chain_id = merged[chain_id].chain_id
+    return chain_id
+
+
+def _one_of_each(entries: Sequence[Entry], known: Collection[str]) -> tuple[list[Entry], list[str]]:
     """The chain with one backup of each increment id, and what is said of the others.
 
     There are two where a backup failed, but could not be taken back from the store before the
     next one. That one counts which is known, or continued, or the newer.
     """
     parents = {disk.parent_id for manifest, _ in entries for disk in manifest.disks}
-    chosen: dict[int, tuple[Manifest, str]] = {}
+    chosen: dict[int, Entry] = {}
     doubles = []
-    for entry in sorted(entries, key=lambda e: (e[0].id in known, e[0].id in parents, e[0].date)):
+
+    def weight(entry: Entry) -> tuple[bool, bool, int]:
+        manifest = entry[0]
+        return manifest.id in known, bool(parents & {manifest.id, *manifest.stands_for}), manifest.date
+
+    for entry in sorted(entries, key=weight):
         older = chosen.get(entry[0].increment_id)
         if older is not None:
             doubles.append(f"backup {older[0].id}: increment {entry[0].increment_id} is {entry[0].id}")
@@ -132,7 +182,7 @@ def _one_of_each(
 def _import_chain(
     context: Context,
     tx: Transaction,
-    entries: Sequence[tuple[Manifest, str]],
+    entries: Sequence[Entry],
     counts: dict[str, int],
     known: set[str],
 ) -> None:
@@ -144,13 +194,13 @@ def _import_chain(
     else:
         image = _create_image(tx, datastore_id, vm, first)
         counts["images"] += 1
-    present = {manifest.id for manifest, _ in entries}
+    present = {name for manifest, _ in entries for name in (manifest.id, *manifest.stands_for)}
     lost = {disk.parent_id for manifest, _ in entries for disk in manifest.disks} - present - {""}
     broken: set[str] = set()
     for manifest, text in entries:
         gap = (lost | broken) & {disk.parent_id for disk in manifest.disks}
         if gap:
-            broken.add(manifest.id)
+            broken.update((manifest.id, *manifest.stands_for))
         if manifest.id in known:
             continue
         if manifest.id != first.id:
@@ -255,7 +305,7 @@ def _vm_of(context: Context, tx: Transaction, manifest: Manifest, counts: dict[s
 
 
 def _result(context: Context) -> Mapping[str, Any]:
-    wanted = ("backups", "images", "vms", "known", "unreadable")
+    wanted = ("backups", "images", "vms", "known", "unreadable", "left_over")
     return {name: context.facts[name] for name in wanted if name in context.facts}
 
 

@@ -126,6 +126,7 @@ def merged_manifest(
     return {
         **newest.raw,
         "id": backup_id,
+        "chain_id": first.chain_id,
         "parent_id": first.parent_id,
         "type": first.type,
         "disks": [

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,6 +158,15 @@ def test_a_disk_s_chain_goes_back_to_its_own_last_full():
     assert disk_chain(2, chain, manifests) == ((2, "c"), (3, "d"))
     with pytest.raises(NotFound, match="disk 1 is not in backup d"):
         disk_chain(1, chain, manifests)
+
+
+def test_a_merged_backup_stands_for_the_parent_that_is_gone():
+    merged = replace(_manifest("m", (0, "FULL", "")), replaces=("a", "b"), stands_for=("b",))
+    manifests = {"m": merged, "c": _manifest("c", (0, "INCREMENT", "b"))}
+    assert disk_chain(0, _chain("m", "c"), manifests) == ((0, "m"), (1, "c"))
+    manifests["c"] = _manifest("c", (0, "INCREMENT", "a"))  # never what another content continued
+    with pytest.raises(DataCorrupt, match="backup c continues backup 'a', which is not before it"):
+        disk_chain(0, _chain("m", "c"), manifests)
 
 
 @pytest.mark.parametrize(

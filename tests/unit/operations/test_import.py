@@ -92,6 +92,53 @@ def test_what_changes_meanwhile_is_not_imported(world: World) -> None:
     assert imported(world, manifest("b0", 0)).result["backups"] == 1
 
 
+def merged(increment_id: int, replaces: list[str], parent_id: str = "", **more: Any) -> str:
+    more = {"replaces": replaces, "stands_for": replaces[-1:], **more}
+    return manifest(more.pop("backup_id", "m"), increment_id, parent_id, **more)
+
+
+@pytest.mark.parametrize("left", [(), (1,), (0, 1, 2)])
+def test_a_merged_backup_counts_and_what_it_replaces_is_left_over(world: World, left: tuple[int]) -> None:
+    chain = [manifest("b0", 0), manifest("b1", 1, "b0"), manifest("b2", 2, "b1")]
+    result = merged(2, ["b0", "b1", "b2"])
+    done = imported(world, *(chain[number] for number in left), result, manifest("b3", 3, "b2"))
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["left_over"] == [f"backup b{number}: merged into m" for number in left]
+    rows = world.services.store.backups()
+    assert {row.backup_id: row.state for row in rows} == {"m": BackupState.GOOD, "b3": BackupState.GOOD}
+    increments = world.services.image(0).increments
+    assert [(i.id, i.parent_id, i.source) for i in increments] == [(2, -1, "m"), (3, 2, "b3")]
+    assert world.services.image(0).source == "m"
+
+
+def test_what_was_merged_in_the_middle_is_bridged(world: World) -> None:
+    middle = merged(2, ["b1", "b2"], "b0")
+    done = imported(world, manifest("b0", 0), middle, manifest("b3", 3, "b2"), manifest("b4", 4, "b9"))
+    assert done.state is OperationState.DONE, done.error
+    states = {row.backup_id: row.state for row in world.services.store.backups()}
+    good, broken = BackupState.GOOD, BackupState.BROKEN
+    assert states == {"b0": good, "m": good, "b3": good, "b4": broken}
+
+
+def test_the_catalogue_decides_about_a_merge_that_was_not_recorded(world: World) -> None:
+    chain = [manifest("b0", 0), manifest("b1", 1, "b0"), manifest("b2", 2, "b1")]
+    imported(world, *chain)
+    done = imported(world, *chain, merged(1, ["b0", "b1"]))
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["left_over"] == ["backup m: the catalogue has what was merged into it"]
+    assert [row.backup_id for row in world.services.store.backups()] == ["b0", "b1", "b2"]
+
+
+def test_a_chain_stays_one_through_several_merges(world: World) -> None:
+    again = merged(3, ["b0", "b1", "m", "b3"], backup_id="n", stands_for=["b3"])
+    done = imported(
+        world, again, manifest("b4", 4, "b3", chain_id="m"), manifest("b5", 5, "b4", chain_id="n")
+    )
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["images"] == 1
+    assert [increment.source for increment in world.services.image(0).increments] == ["n", "b4", "b5"]
+
+
 @pytest.mark.parametrize("selected", [True, False])
 def test_whether_disks_were_selected_is_known_from_the_backup(world: World, *, selected: bool) -> None:
     excluded = [{"disk_id": 1, "target": "vdb", "reason": "not-selected" if selected else "cdrom"}]
