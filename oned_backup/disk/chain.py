@@ -35,11 +35,15 @@ _ZEROS = bytes(CLUSTER)
 
 @dataclass(frozen=True)
 class Layer:
-    """A stored image. `blocks`: its checksums, None if there are none; `name` is used in messages."""
+    """A stored image. `blocks`: its checksums, None if there are none; `name` is used in messages.
+
+    `foreign`: made by somebody else, it may name a backing file; that is passed over.
+    """
 
     path: Path
     blocks: Path | None
     name: str
+    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ class ChainReader:
         """The layer's map; None for one that is lost altogether, when salvaging."""
         try:
             stored = self._stored[number] = StoredFile(layer.path, layer.blocks)
-            return Qcow2File(stored, layer.name, lenient=self._salvage)
+            return Qcow2File(stored, layer.name, lenient=self._salvage, foreign=layer.foreign)
         except (DataCorrupt, NotFound):
             if not self._salvage:
                 raise

@@ -74,10 +74,14 @@ class Header:
     l1_offset: int
     l1_entries: int
     compression: int
+    names_backing: bool = False
 
 
-def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
-    """The header at the start of a file of that size; `DataCorrupt` or `Unsupported` with the reason."""
+def parse_header(data: bytes, file_bytes: int, what: str, *, foreign: bool = False) -> Header:
+    """The header at the start of a file of that size; `DataCorrupt` or `Unsupported` with the reason.
+
+    `foreign`: that it names a backing file is noted, and means nothing.
+    """
     if len(data) < _V2_HEADER_BYTES or struct.unpack_from(">I", data)[0] != MAGIC:
         raise DataCorrupt(f"{what}: not a qcow2 file")
     fields = HEADER.unpack_from(data.ljust(HEADER.size, b"\0"))
@@ -87,7 +91,7 @@ def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
         incompatible, length = 0, _V2_HEADER_BYTES
     elif version != 3:
         raise Unsupported(f"{what}: qcow2 version {version}")
-    if backing:
+    if backing and not foreign:
         raise Unsupported(f"{what}: names a backing file, which a stored image must not")
     if encryption:
         raise Unsupported(f"{what}: encrypted with method {encryption}")
@@ -106,7 +110,8 @@ def parse_header(data: bytes, file_bytes: int, what: str) -> Header:
     exact = _exact_size(data, length)
     if exact is not None and -(-exact // 512) * 512 != size:
         raise DataCorrupt(f"{what}: sizes {exact} and {size} contradict each other")
-    return Header(size if exact is None else exact, cluster_bits, l1_offset, needed, compression)
+    guest_bytes = size if exact is None else exact
+    return Header(guest_bytes, cluster_bits, l1_offset, needed, compression, bool(backing))
 
 
 def _refuse_features(incompatible: int, compression: int, what: str) -> None:
@@ -121,16 +126,21 @@ def _refuse_features(incompatible: int, compression: int, what: str) -> None:
 
 
 class Qcow2File:
-    """The map of one stored image. `lenient`: report unreadable tables as BAD instead of raising."""
+    """The map of one stored image. `lenient`: report unreadable tables as BAD instead of raising.
 
-    def __init__(self, stored: StoredFile, what: str, *, lenient: bool = False) -> None:
+    `foreign`: as for `parse_header`.
+    """
+
+    def __init__(
+        self, stored: StoredFile, what: str, *, lenient: bool = False, foreign: bool = False
+    ) -> None:
         self._stored = stored
         self._what = what
         self._lenient = lenient
         start = memoryview(bytearray(min(_MAX_HEADER_BYTES, stored.size_bytes)))
         if stored.read_into(0, start):
             raise DataCorrupt(f"{what}: the header does not match its checksum")
-        self.header = parse_header(bytes(start), stored.size_bytes, what)
+        self.header = parse_header(bytes(start), stored.size_bytes, what, foreign=foreign)
         #: how to read what is PACKED
         self.unpack: Unpack = CODECS[self.header.compression]
         self.cluster_bytes = self._cluster = 1 << self.header.cluster_bits

@@ -17,7 +17,7 @@ a directory. Those that write are the driver's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -36,6 +36,7 @@ from oned_backup.sdk import restore_points
 from oned_backup.sdk.call import Answer, Call
 from oned_backup.sdk.download import wanted_disk, write_disk
 from oned_backup.sdk.entry import Driver
+from oned_backup.sdk.opennebula import VM_XML, is_made_up, plain_vm_xml
 from oned_backup.sdk.publish import Folder
 from oned_backup.sdk.stored import Manifests, open_layer, read_checked, small_files, verify_backup
 
@@ -84,8 +85,10 @@ class FolderStore(Driver):
             disks = restore_points.stored_disks(call, self.scheme, load, backup_id)
             manifest = load(backup_id)
             with folder.folder(backup_id) as stored:
-                files = tuple((file.name, read_checked(stored, file)) for file in small_files(manifest))
-        plan = RestorePlan(backup_id, manifest.increment_id, disks, files)
+                files = [(file.name, read_checked(stored, file)) for file in small_files(manifest)]
+        if is_made_up(manifest):
+            files = [(name, plain_vm_xml(data) if name == VM_XML else data) for name, data in files]
+        plan = RestorePlan(backup_id, manifest.increment_id, disks, tuple(files))
         return {"PLAN": plan.to_xml()}
 
     def download(self, call: Call) -> Answer:
@@ -93,6 +96,7 @@ class FolderStore(Driver):
         url = wanted_disk(call, self.scheme)
         with self.open_vm(call, url.vm_id) as folder, ExitStack() as stack:
             chain = restore_points.url_chain(Manifests(folder), url)
+            _say_what_is_unproved(call, chain)
             layers = [open_layer(stack, folder, manifest, url.disk_id) for manifest in chain]
             return write_disk(call, url, layers)
 
@@ -231,11 +235,20 @@ def megabytes(size_bytes: int) -> int:
     return -(-size_bytes >> 20)
 
 
+def _say_what_is_unproved(call: Call, manifests: Iterable[Manifest]) -> None:
+    foreign = [manifest.id for manifest in manifests if is_made_up(manifest)]
+    if foreign:
+        call.warn(
+            f"{', '.join(foreign)}: stored by OpenNebula, without checksums: only their form was checked"
+        )
+
+
 def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> VerifiedBackup:
     try:
         manifest = Manifests(folder)(backup_id)
     except (DataCorrupt, NotFound) as error:
         return VerifiedBackup(backup_id, 0, ((MANIFEST, error.message),))
+    _say_what_is_unproved(call, [manifest])
     done = 0
 
     def advance(size: int) -> None:

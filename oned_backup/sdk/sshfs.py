@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -41,8 +41,7 @@ def shown(source: str, directory: Path, name: Path) -> Iterator[Folder]:
     with tempfile.TemporaryFile() as words:
         process = _start(source, directory, words)
         try:
-            _wait(process, source, directory, words)
-            with Folder(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), name) as folder:
+            with Folder(_opened(process, source, directory, words), name) as folder:
                 try:
                     yield folder
                 except (OSError, OnedBackupError) as error:
@@ -63,16 +62,24 @@ def _start(source: str, directory: Path, words: IO[bytes]) -> subprocess.Popen[b
         raise Misconfigured("sshfs is not installed", hint="Install the package sshfs.") from error
 
 
-def _wait(process: subprocess.Popen[bytes], source: str, directory: Path, words: IO[bytes]) -> None:
-    """Until it is mounted, which is when the connection stands."""
+def _opened(process: subprocess.Popen[bytes], source: str, directory: Path, words: IO[bytes]) -> int:
+    """The mounted directory, when the connection stands: sshfs mounts first, and connects then."""
     end = time.monotonic() + _MOUNT_S
-    while not fuse.is_mounted(directory):
-        if process.poll() is not None:
-            words.seek(0)
-            raise _explain(source, words.read())
+    while not fuse.is_mounted(directory) and process.poll() is None:
         if time.monotonic() > end:
             raise Unavailable(f"sshfs of {source}: not mounted after {_MOUNT_S:g} s")
         time.sleep(_LOOK_S)
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):
+            os.statvfs(descriptor)  # asks the server
+            if fuse.is_mounted(directory):
+                return descriptor
+        os.close(descriptor)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+    words.seek(0)
+    raise _explain(source, words.read())
 
 
 def _explain(source: str, words: bytes) -> OnedBackupError:

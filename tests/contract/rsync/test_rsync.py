@@ -1,0 +1,73 @@
+"""The rsync driver against a real sshd: what the kit does not ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from opennebula_store import IDS, OpenNebulaStore
+from sshd import Sshd
+from stores import Chain, Store, run
+
+from oned_backup.errors import Misconfigured, Unavailable
+
+
+def test_a_chain_restores_to_every_point(chain: Chain) -> None:
+    store = chain.store
+    assert [store.download(store.url(number)) for number in range(3)] == chain.expected
+    assert store.failures() == {name: {} for name in store.chain}
+
+
+def test_opennebulas_own_rules_restore_what_we_store(chain: Chain, tmp_path: Path) -> None:
+    """Files by their names `disk.ID.INCREMENT`, each rebased onto the one before, then converted."""
+    before = ""
+    for number, backup_id in enumerate(chain.store.chain):
+        copy = tmp_path / f"disk.0.{number}"
+        copy.write_bytes((chain.store.path(backup_id) / copy.name).read_bytes())
+        if before:
+            run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", before, copy)
+        before = copy.name
+        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", copy, tmp_path / "raw")
+        assert (tmp_path / "raw").read_bytes() == chain.expected[number]
+        assert (chain.store.path(backup_id) / "vm.xml").exists()
+
+
+def test_opennebulas_stores_are_read_where_they_are(make: Callable[..., Store], tmp_path: Path) -> None:
+    foreign = OpenNebulaStore(make(), tmp_path)
+    foreign.add(IDS[0], 0)
+    foreign.add(IDS[1], 1, "write -P 3 512k 128k", "write -z 6M 64k")
+    assert len(foreign.store.catalogue().manifests) == 2
+    assert foreign.store.url() == "rsync://100/-/0:a78156,1:c1a00b/7/disk.0"
+    assert foreign.store.download(foreign.store.url()) == foreign.expected[1]
+
+
+def test_a_host_key_that_is_not_known_is_misconfigured(made_chain: Chain, sshd: Sshd) -> None:
+    sshd.forget()
+    try:
+        for action in ("monitor", "ls"):
+            with pytest.raises(Misconfigured, match="host key") as caught:
+                made_chain.store.call(action)
+            assert sshd.fingerprint in str(caught.value)
+    finally:
+        sshd.accept()
+
+
+def test_a_server_that_is_down_is_unavailable(made_chain: Chain, sshd: Sshd) -> None:
+    sshd.stop()
+    try:
+        for action in ("monitor", "ls", "rm", "catalogue"):
+            with pytest.raises(Unavailable):
+                made_chain.store.call(action)
+    finally:
+        sshd.start()
+
+
+@pytest.mark.parametrize("action", ["monitor", "ls", "backup_cancel"])
+def test_arguments_that_are_refused_are_misconfigured(action: str, made_chain: Chain) -> None:
+    store = replace(
+        made_chain.store, parameters={**made_chain.store.parameters, "RSYNC_ARGS": "-e 'sh -c id'"}
+    )
+    with pytest.raises(Misconfigured, match="'-e' is refused: it would have another program run"):
+        store.call(action) if action != "backup_cancel" else store.cancel(store.chain[0])
