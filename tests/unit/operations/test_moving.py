@@ -83,7 +83,7 @@ def test_it_is_found_and_goes_on(
     assert vm.config.last_increment_id == before.config.last_increment_id + 1
     assert vm.backup_ids == before.backup_ids == (0,)
     assert len(vm.element.findall("HISTORY_RECORDS/HISTORY")) == 2
-    told = world.drivers.requests("pre_backup_live" if there != "OFF" else "pre_backup")[-1]
+    told = world.drivers.requests("pre_backup")[-1]
     assert told.host is not None
     assert Host(told.host).name == "third"
     assert told.parent is not None
