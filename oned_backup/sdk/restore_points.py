@@ -6,7 +6,8 @@ raises `NotFound`, `DataCorrupt` or `Unavailable`.
 
 A parent may have been merged into another backup that stands for it (see
 `model.manifest`). Which of the two counts while both are stored is for the
-catalogue to say: the one that IMAGE, or the URL, names.
+catalogue to say: the one that IMAGE, or the URL, names. If only one is stored,
+it is that one, whatever the catalogue says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from oned_backup.model.increments import Increment, chain_to
 from oned_backup.model.manifest import Manifest
 from oned_backup.model.names import checked_name
 from oned_backup.sdk.call import Call
+from oned_backup.sdk.stored import Manifests
 
 Load: TypeAlias = Callable[[str], Manifest]
 
@@ -149,14 +151,20 @@ def url_chain(load: Load, url: DiskUrl) -> tuple[Manifest, ...]:
 
 
 def _continued(load: Load, parent_id: str, known: Collection[str]) -> Manifest:
-    """The backup that a child of `parent_id` continues: that one, or the known one that stands for it."""
+    """The backup that a child of `parent_id` continues: that one, or the one that stands for it."""
     if parent_id not in known:
         for backup_id in known:
             with suppress(NotFound, DataCorrupt):
                 manifest = load(checked_name(backup_id, "backup id"))
                 if parent_id in manifest.stands_for:
                     return manifest
-    return load(parent_id)
+    try:
+        return load(parent_id)
+    except NotFound:
+        found = load.standing_for(parent_id) if isinstance(load, Manifests) else None
+        if found is None:
+            raise
+        return found
 
 
 def _image(call: Call) -> xmldoc.Element:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from oned_backup.contract.request import Backup
-from oned_backup.errors import DataCorrupt, DriverFailed, NotFound
+from oned_backup.errors import Conflict, DataCorrupt, DriverFailed, NotFound
 
+GUIDE = (Path(__file__).parents[3] / "share/doc/restore-by-hand.md").read_text()
 IDS = [f"20260101-00000{number}-aaaaaa" for number in range(3)]
 NEW = "20260102-000000-bbbbbb"
 
@@ -56,6 +59,16 @@ def test_the_oldest_become_a_full_backup(chain):
         store.download(old_url)
 
 
+def test_a_catalogue_of_before_the_merge_still_leads_to_what_is_stored(chain):
+    store = chain.store
+    flatten(store, IDS[:2])
+    store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
+    assert store.download(store.url(2)) == chain.expected[2]
+    (store.path(NEW) / "manifest.json").write_text("{}")
+    with pytest.raises(DataCorrupt, match=f"{IDS[2]} continues {IDS[1]}, which is not stored"):
+        store.url(2)
+
+
 def test_an_increment_goes_by_being_merged_into_the_next(chain):
     store = chain.store
     answer = flatten(store, IDS[1:])
@@ -95,7 +108,7 @@ def test_asking_again_answers_again_even_when_what_was_merged_is_gone(chain):
     store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])}, image=None)
     assert flatten(store, IDS[:2]) == first
     assert {path: path.stat().st_mtime_ns for path in store.path(NEW).iterdir()} == files
-    with pytest.raises(DriverFailed, match="was not merged from"):
+    with pytest.raises(Conflict, match="was not merged from"):
         flatten(store, IDS[1:])
 
 
@@ -128,14 +141,32 @@ def test_an_absent_backup_is_not_found_and_damage_is_never_merged(chain):
 
 def test_no_parent_is_removed_while_it_is_needed(chain):
     store = chain.store
-    with pytest.raises(DriverFailed, match=f"{IDS[1]} cannot be removed: backup {IDS[2]} continues it"):
+    with pytest.raises(Conflict, match=f"{IDS[1]} cannot be removed: backup {IDS[2]} continues it"):
         store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
     flatten(store, IDS[:2])
-    with pytest.raises(DriverFailed, match=f"{IDS[0]} cannot be removed: backup {IDS[1]} continues it"):
+    with pytest.raises(Conflict, match=f"{IDS[0]} cannot be removed: backup {IDS[1]} continues it"):
         store.call("rm", {"BACKUP_IDS": IDS[0]})
     store.call("rm", {"BACKUP_IDS": NEW})
     flatten(store, IDS[:2])
     store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
-    with pytest.raises(DriverFailed, match=f"{NEW} cannot be removed: backup {IDS[2]} continues it"):
+    with pytest.raises(Conflict, match=f"{NEW} cannot be removed: backup {IDS[2]} continues it"):
         store.call("rm", {"BACKUP_IDS": NEW})
     assert store.names() == {NEW, IDS[2]}
+
+
+def test_a_parent_that_was_merged_is_found_by_hand(chain, tmp_path):
+    store = chain.store
+    flatten(store, IDS[:2])
+    store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
+    folder = store.path(NEW).parent
+    parent_id = store.manifest(IDS[2]).disks[0].parent_id
+    (told,) = re.findall(r"^ {4}(jq -r .*)$", GUIDE, flags=re.MULTILINE)
+    script = re.sub(r"\d{8}-\d{6}-[0-9a-f]{6}", parent_id, told)
+    found = subprocess.run(["sh", "-ec", script], cwd=folder, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [NEW]
+    layers = [{"driver": "file", "filename": f"{name}/disk.0.{n}"} for name, n in ((IDS[2], 2), (NEW, 1))]
+    image = {"driver": "qcow2", "file": layers[0], "backing": {"driver": "qcow2", "file": layers[1]}}
+    target = tmp_path / "by-hand.raw"
+    argv = ["qemu-img", "convert", "-O", "raw", f"json:{json.dumps(image)}", target]
+    subprocess.run(argv, cwd=folder, check=True)
+    assert target.read_bytes() == chain.expected[2]
