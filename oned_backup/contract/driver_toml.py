@@ -37,6 +37,7 @@ FEATURES = {
     "flatten": "can merge increments",
     "catalogue": "can list all backups of the store, for `datastore import`",
     "compress": "can compress what it stores",
+    "nbd": "downloads into an NBD export, so that a disk can be restored to another host",
     "ahead": "may be started before its request is there, and does nothing until then",
 }
 

@@ -38,6 +38,11 @@ class DiskTarget:
     target: str
     format: str
 
+    @property
+    def is_export(self) -> bool:
+        """Whether it is an NBD export, and no path."""
+        return not self.target.startswith("/")
+
 
 def disks_option(disks: Sequence[NewDisk]) -> str:
     """The option DISKS."""

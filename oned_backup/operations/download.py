@@ -127,7 +127,8 @@ def _prepare(context: Context) -> Mapping[str, Any]:
             hint="Import the datastore, or download to this machine.",
         )
     new = NewDisk(url.disk_id, facts["name"], disk.size_bytes)
-    return {"targets": targets.prepare(context, {new.disk_id: new}, {}, facts["format"])}
+    datastore = context.services.datastore(facts["datastore_id"])
+    return {"targets": targets.prepare(context, datastore, {new.disk_id: new}, {}, facts["format"])}
 
 
 def _remove_prepared(context: Context) -> None:

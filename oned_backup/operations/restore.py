@@ -159,11 +159,14 @@ def _restore_plan(context: Context) -> RestorePlan:
 def _prepare(context: Context) -> Mapping[str, Any]:
     plan = _restore_plan(context)
     names = context.facts["names"]
+    services = context.services
+    datastore = services.datastore(services.image(context.integer("image_id")).datastore_id)
     disks = {
         disk.disk_id: NewDisk(disk.disk_id, names[str(disk.disk_id)], disk.size_bytes) for disk in plan.disks
     }
     try:
-        return {"targets": targets.prepare(context, disks, dict(plan.files), context.facts["format"])}
+        found = targets.prepare(context, datastore, disks, dict(plan.files), context.facts["format"])
+        return {"targets": found}
     except Conflict as error:
         raise Conflict(error.message, hint="Choose an empty directory with --to.") from error
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Outcome
 from oned_backup.contract.result import document
 from oned_backup.contract.targets import DiskTarget, NewDisk, disks_option, targets_from_xml
-from oned_backup.errors import DriverBug
+from oned_backup.errors import DriverBug, Unsupported
+from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
 from oned_backup.operations.context import Context
 from oned_backup.operations.services import Caller
@@ -44,9 +46,16 @@ def _call_tm(
 
 
 def prepare(
-    context: Context, disks: Mapping[int, NewDisk], files: Mapping[str, bytes], disk_format: str
+    context: Context,
+    datastore: Datastore,
+    disks: Mapping[int, NewDisk],
+    files: Mapping[str, bytes],
+    disk_format: str,
 ) -> dict[str, list[str]]:
-    """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id."""
+    """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id.
+
+    `Unsupported` if the driver of the `datastore` they come from cannot write there.
+    """
     caller = context.backup_caller("stream")
     assert caller.source_dir is not None  # noqa: S101 - that is what a backup caller has
     for name, data in files.items():
@@ -59,6 +68,12 @@ def prepare(
     targets = targets_from_xml(document(answer, "TARGETS"))
     if set(targets) != set(disks):
         raise DriverBug("TARGETS does not have the disks that were asked for")
+    driver = context.services.driver(Kind.DATASTORE, datastore.ds_mad)
+    if "nbd" not in driver.manifest.features and any(target.is_export for target in targets.values()):
+        raise Unsupported(
+            f"{driver} cannot write to another host: it has no feature nbd",
+            hint="Restore to this machine, and copy the files.",
+        )
     return {str(target.disk_id): [target.target, target.format] for target in targets.values()}
 
 

@@ -202,6 +202,23 @@ def _server(point: Point, exports: Exports, path: Path, directory: Path) -> Iter
         process.wait()
 
 
+@contextlib.contextmanager
+def exported_for_writing(image: Path, image_format: str, directory: Path) -> Iterator[str]:
+    """The NBD URI of a server that writes to an image."""
+    path = directory / "write.sock"
+    argv = ["qemu-nbd", "--persistent", "--shared=8", f"--socket={path}", "--export-name=disk"]
+    with (directory / "write.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*argv, f"--format={image_format}", str(image)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        _await_socket(path, process, directory / "write.log")
+        yield f"nbd+unix:///disk?socket={path}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def _await_socket(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < end:
@@ -209,7 +226,7 @@ def _await_socket(path: Path, process: subprocess.Popen[bytes], log: Path) -> No
             probe.connect(str(path))
             return
         time.sleep(0.005)
-    raise Unavailable(f"qemu-storage-daemon serves nothing at {path}: {log.read_text()[-400:]}")
+    raise Unavailable(f"the NBD server has nothing at {path}: {log.read_text()[-400:]}")
 
 
 def image_problem(image: Path, reference: Path) -> str:

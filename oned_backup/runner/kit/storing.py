@@ -19,6 +19,7 @@ from oned_backup.runner.kit.guest import (
     SMALL_FILES,
     Disk,
     Point,
+    exported_for_writing,
     image_problem,
     make_points,
     raw_problem,
@@ -289,6 +290,23 @@ def reader_goes_away(bench: Bench) -> None:
         thread.join()
     if called.exit_code in {0, DriverBug.exit_code}:
         raise called.unmet(f"ended with {called.ended_with} although nobody read its output")
+
+
+@clause("DS-18", "download into an NBD export leaves nothing of what was there")
+def into_an_export(bench: Bench) -> None:
+    """Feature nbd. The export has the disk's size and is full of other bytes."""
+    if "nbd" not in bench.driver.manifest.features:
+        raise NotApplicable("the driver does not promise the feature nbd")
+    chain = bench.good_chain
+    disk = bench.points[-1].disks[0]
+    image = bench.new_path()
+    image.write_bytes(b"\xee" * disk.size_bytes)
+    url = _listed(bench.disks(chain), disk).url
+    with exported_for_writing(image, "raw", bench.root) as export:
+        called = bench.read("download", chain, URL=url, FORMAT="raw", TARGET=export)
+        _succeeded(called)
+    if problem := raw_problem(image, disk.reference):
+        raise called.unmet(problem)
 
 
 def _there_and_back(bench: Bench, point: Point) -> None:

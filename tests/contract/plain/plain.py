@@ -333,6 +333,9 @@ class Plain:
             raise Failure(2, f"{option('URL')!r} is no URL of this driver")
         layers = [self.layer(entry.partition(":")[2], match[3], match[4]) for entry in match[2].split(",")]
         target = Path(option("TARGET") or "out")
+        if option("TARGET").startswith("nbd+unix:"):
+            self.convert(layers, option("TARGET"), "-n")
+            return
         self.convert(layers, target)
         if not option("TARGET"):
             with target.open("rb") as file:
@@ -347,13 +350,13 @@ class Plain:
         self.proved(folder / names[0])
         return folder / names[0]
 
-    def convert(self, layers: list[Path], target: Path) -> None:
+    def convert(self, layers: list[Path], target: Path | str, *how: str) -> None:
         image: dict | None = None
         for layer in layers:
             file = {"driver": "file", "filename": str(layer)}
             image = {"driver": "qcow2", "file": file, **({"backing": image} if image else {})}
         image_format = option("FORMAT") or "raw"
-        self.qemu_img("convert", "-O", image_format, f"json:{json.dumps(image)}", str(target))
+        self.qemu_img("convert", *how, "-O", image_format, f"json:{json.dumps(image)}", str(target))
 
     def verify(self) -> None:
         self.open_store()

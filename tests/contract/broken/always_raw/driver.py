@@ -6,9 +6,9 @@ from plain import Plain
 
 
 class Broken(Plain):
-    def convert(self, layers, target):
+    def convert(self, layers, target, *how):
         os.environ["ODB_OPT_FORMAT"] = "raw"
-        super().convert(layers, target)
+        super().convert(layers, target, *how)
 
 
 DRIVER = Broken()

@@ -4,8 +4,8 @@ from plain import Plain
 
 
 class Broken(Plain):
-    def convert(self, layers, target):
-        super().convert(layers[-1:], target)
+    def convert(self, layers, target, *how):
+        super().convert(layers[-1:], target, *how)
 
 
 DRIVER = Broken()

@@ -7,9 +7,9 @@ from plain import Plain
 
 
 class Broken(Plain):
-    def convert(self, layers, target):
+    def convert(self, layers, target, *how):
         fresh = Path("fresh")
-        super().convert(layers, fresh)
+        super().convert(layers, fresh, *how)
         if not target.exists():
             shutil.move(fresh, target)
             return
