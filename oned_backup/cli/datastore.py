@@ -137,6 +137,9 @@ def _show_import(operation: Mapping[str, Any]) -> None:
         f"{found['backups']} backups imported into {found['images']} images,"
         f" {found['vms']} new VMs; {found['known']} backups were known"
     )
+    for name in ("unreadable", "left_over"):
+        for text in found.get(name, ()):
+            output.say(f"{name.replace('_', ' ')}: {text}")
 
 
 def _secret_names(api: Client, driver: str) -> list[str]:
