@@ -164,7 +164,7 @@ class World:
         """Queue an operation, claim it, and run it to its end."""
         journal = self.services.store.journal
         ids = {name: arguments.get(name) for name in ("vm_id", "image_id", "datastore_id")}
-        queued = journal.enqueue(kind, f"{kind}:0", arguments, **ids)
+        queued = journal.enqueue(kind, f"test-{kind}:0", arguments, **ids)
         operation = journal.claim(lambda entry: entry.id == queued.id)
         assert operation is not None
         context = Context(self.services, operation, cancellation=cancellation or Cancellation())
