@@ -11,7 +11,7 @@ from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Outcome
 from oned_backup.contract.result import document
 from oned_backup.contract.targets import DiskTarget, NewDisk, disks_option, targets_from_xml
-from oned_backup.errors import DriverBug, Unsupported
+from oned_backup.errors import DriverBug, Unavailable, Unsupported
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
 from oned_backup.operations.context import Context
@@ -79,7 +79,13 @@ def prepare(
 
 def remove_all(context: Context) -> None:
     """Undo of PREPARE, and of all that came after it: nothing that was made is left."""
-    _call_tm(context, context.caller, "post_restore", Outcome.FAILURE)
+    try:
+        _call_tm(context, context.caller, "post_restore", Outcome.FAILURE)
+    except Unavailable as error:
+        left = f".oned-backup-{context.operation.id}"
+        raise Unavailable(
+            f"{error.message}; {left} in or above {context.facts['directory']} may be left"
+        ) from error
 
 
 def clean(context: Context) -> None:

@@ -109,7 +109,7 @@ def prepare(
 
     `Conflict` if one of the names is taken.
     """
-    clean(task, made=False)
+    clean(task, made=True)  # of an attempt before this one
     base = _base(task)
     names = [*(disk.name for disk in disks), *files]
     taken = _existing(task, [task.directory / name for name in names])
