@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 
 from oned_backup.errors import InvalidInput, Misconfigured
 from oned_backup.restic.program import Location, Repository
+from oned_backup.restic.s3 import Bucket
 from oned_backup.sdk.call import Call
 from oned_backup.ssh.command import checked_target, ssh_argv
 
 PASSWORD = "RESTIC_PASSWORD"  # noqa: S105 - the parameter's name
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "RESTIC_S3_ACCESS_KEY_ID", "RESTIC_S3_SECRET_ACCESS_KEY"
 _S3_SECRETS = (ACCESS_KEY_ID, SECRET_ACCESS_KEY)
+_DEFAULT_REGION = "us-east-1"
 _DEFAULT_ENDPOINT = "s3.amazonaws.com"
 
 
@@ -38,6 +40,12 @@ class Settings:
     def s3(self) -> bool:
         """Whether it is in a bucket."""
         return not self.target
+
+    @property
+    def endpoint(self) -> str:
+        """The S3 service, with its scheme."""
+        endpoint = self.parameters.get("RESTIC_S3_ENDPOINT", _DEFAULT_ENDPOINT).rstrip("/")
+        return endpoint if "://" in endpoint else f"https://{endpoint}"
 
     def location(self, vm: str) -> Location:
         """Where the repository of a VM is; `vm` may be another name beside them."""
@@ -96,13 +104,10 @@ class Settings:
         return [*flags, "--max-repack-size", self.parameters.get("RESTIC_PRUNE_MAX_REPACK", "1G")]
 
     def _in_bucket(self, vm: str) -> Location:
-        endpoint = self.parameters.get("RESTIC_S3_ENDPOINT", _DEFAULT_ENDPOINT)
-        if "://" not in endpoint:
-            endpoint = f"https://{endpoint}"
         lookup = "path" if _yes(self.parameters.get("RESTIC_S3_FORCE_PATH_STYLE")) else "auto"
-        region = self.parameters.get("RESTIC_S3_REGION", "us-east-1")
+        region = self.parameters.get("RESTIC_S3_REGION", _DEFAULT_REGION)
         return Location(
-            url=f"s3:{endpoint.rstrip('/')}/{self.base / vm}",
+            url=f"s3:{self.endpoint}/{self.base / vm}",
             options=(
                 "-o",
                 f"s3.region={region}",
@@ -169,6 +174,21 @@ def repository(call: Call, settings: Settings, vm: str) -> Repository:
         prefix=settings.prefix(),
         flags=settings.flags(),
         alive=lambda: call.log("restic is at work"),
+    )
+
+
+def bucket(call: Call, settings: Settings) -> Bucket:
+    """The bucket that holds the repositories."""
+    parameters = settings.parameters
+    return Bucket(
+        endpoint=settings.endpoint,
+        name=str(settings.base),
+        region=parameters.get("RESTIC_S3_REGION", _DEFAULT_REGION),
+        key_id=call.secret(ACCESS_KEY_ID),
+        key=call.secret(SECRET_ACCESS_KEY),
+        in_path=_yes(parameters.get("RESTIC_S3_FORCE_PATH_STYLE")),
+        ca_file=parameters.get("RESTIC_S3_CACERT", ""),
+        any_certificate=_yes(parameters.get("RESTIC_S3_INSECURE_TLS")),
     )
 
 

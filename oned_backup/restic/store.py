@@ -31,7 +31,7 @@ from oned_backup.errors import (
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.restic import program
 from oned_backup.restic.program import Repository, Started
-from oned_backup.restic.settings import Settings, repository, settings_of
+from oned_backup.restic.settings import Settings, bucket, repository, settings_of
 from oned_backup.restic.view import TAG, StoredBackups
 from oned_backup.sdk import Call, sftp
 from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT, images_are_known
@@ -119,6 +119,9 @@ class Store:
 
     def vms(self) -> list[str]:
         """The VMs that have a repository."""
+        if self.settings.s3:
+            names = sorted(bucket(self.call, self.settings).sizes())
+            return [name for name in names if name.isdecimal() and name.isascii()]
         try:
             found = sftp.names(self.settings.target, self.settings.base)
         except NotFound as error:
@@ -126,7 +129,11 @@ class Store:
         return [name for name in found if name.isdecimal() and name.isascii()]
 
     def space_mb(self) -> tuple[int, int, int]:
-        """Total, used and free MB of the file system."""
+        """Total, used and free MB of the file system; a bucket has no end but TOTAL_MB."""
+        if self.settings.s3:
+            all_mb = int(self.settings.parameters.get("TOTAL_MB", "1048576"))
+            used_mb = sum(bucket(self.call, self.settings).sizes().values()) >> 20
+            return all_mb, used_mb, max(all_mb - used_mb, 0)
         try:
             total, used, free = sftp.space_kb(self.settings.target, self.settings.base)
         except NotFound as error:

@@ -54,11 +54,11 @@ class Bench:
         self.ssh_environment = _ssh_environment(root / "ssh", settings.ssh_config)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        known = driver.manifest.parameters.values()
+        known = [one.name for one in driver.manifest.parameters.values() if one.secret]
+        # of a store that gets some of them, the others are for stores of another kind
+        wanted = [name for name in known if name in settings.parameters] or known
         self.secrets = {
-            parameter.name: settings.parameters.get(parameter.name) or f"kit-{secrets.token_hex(12)}"
-            for parameter in known
-            if parameter.secret
+            name: settings.parameters.get(name) or f"kit-{secrets.token_hex(12)}" for name in wanted
         }
         for name in ("calls", "work", "exports", "stores", "out"):
             (root / name).mkdir(mode=0o700)
@@ -86,7 +86,7 @@ class Bench:
         """Where `store` keeps its files, if that is below a directory of the kit's own."""
         if store.own_path is None:
             raise NotApplicable("the store is not the kit's own: nothing may be hidden or damaged in it")
-        if not any(path.is_file() and path.stat().st_size > 4096 for path in store.own_path.rglob("*")):
+        if sum(path.stat().st_size for path in store.own_path.rglob("*") if path.is_file()) < 4096:
             raise NotApplicable("the driver does not keep its data in files below BASE_PATH")
         return store.own_path
 
