@@ -219,23 +219,18 @@ def _follow_queued(api: Client, operation_id: str, *, json: bool) -> None:
 
 
 def _print_verdicts(points: list[dict[str, Any]]) -> None:
-    words = {"KEPT": "kept", "GOES": "goes"}
-    output.print_table(
-        ("IMAGE>", "INCR>", "DATE", "SIZE>", "STATE", "WHAT", "WHY"),
-        [
-            (
-                point["image_id"],
-                point["increment_id"],
-                output.when(point["date"])[:16],
-                output.size_mb(point["size_mb"]),
-                "GOOD" if point["good"] else "BROKEN",
-                words.get(point["fate"], f"merged into {point['into']}"),
-                "; ".join(point["reasons"]),
-            )
-            for point in points
-        ],
-        empty="No backups.",
-    )
+    """One line each, not folded: the reasons may be many."""
+    if not points:
+        output.warn("No backups.")
+        return
+    output.say(f"{'IMAGE':>5}  {'INCR':>4}  {'DATE':<16}  {'SIZE':>9}  {'WHAT':<14}  WHY")
+    for point in points:
+        what = {"KEPT": "kept", "GOES": "goes"}.get(point["fate"], f"merged into {point['into']}")
+        reasons = [*([] if point["good"] else ["broken"]), *point["reasons"]]
+        output.say(
+            f"{point['image_id']:>5}  {point['increment_id']:>4}  {output.when(point['date'])[:16]}"
+            f"  {output.size_mb(point['size_mb']):>9}  {what:<14}  {'; '.join(reasons)}"
+        )
 
 
 @app.command("backup-cancel")

@@ -298,3 +298,44 @@ def test_groups_of_commands_show_what_there_is(shared: Stack) -> None:
     assert ran.code == 2
     assert "backup-cancel" in ran.err
     assert not ran.err.startswith("oned-backup:")
+
+
+def test_retention_says_why_and_does_it(stack: Stack) -> None:
+    for _ in range(3):
+        stack.ok("vm", "backup", "web")
+    stack.ok("vm", "set", "web", "KEEP_LAST=1")
+    assert stack.ok("image", "pin", "0", "--increment", "0").out == "image 0: pinned: 0\n"
+    dry = stack.ok("vm", "retention", "web", "--dry-run").out.splitlines()
+    assert [" ".join(line.split()[6:]) for line in dry[1:]] == [
+        "kept pinned",
+        "merged into 2 no rule keeps it",
+        "kept newest good one; the next increment continues it; KEEP_LAST 1 of 1",
+    ]
+    assert len(stack.ok("image", "show", "0", "--json").json["increments"]) == 3
+    done = stack.ok("vm", "retention", "web").out.splitlines()
+    assert done[:4] == dry
+    assert done[4].startswith("image 0: 1 merged into 2 (")
+    shown = stack.ok("image", "show", "0", "--json").json["increments"]
+    assert [(point["increment_id"], point["parent_id"], point["pinned"]) for point in shown] == [
+        (0, -1, True),
+        (2, 0, False),
+    ]
+    assert "GOOD, pinned" in stack.ok("image", "show", "0").out
+    assert "2 backups whole" in stack.ok("image", "verify", "0").out
+    refused = stack("image", "delete", "0")
+    assert refused.code == 4
+    assert "image unpin 0 --increment 0" in refused.err
+
+
+def test_an_increment_is_deleted(stack: Stack) -> None:
+    for _ in range(4):
+        stack.ok("vm", "backup", "web")
+    assert "increment 1 merged into increment 2" in stack.ok("image", "delete", "0", "--increment", "1").out
+    assert "deleted" in stack.ok("image", "delete", "0", "--increment", "3").out
+    chain = stack.ok("image", "show", "0", "--json").json["increments"]
+    assert [point["increment_id"] for point in chain] == [0, 2]
+    missing = stack("image", "delete", "0", "--increment", "3")
+    assert (missing.code, "It has 0, 2." in missing.err) == (66, True)
+    assert "FULL" in stack.ok("vm", "backup", "web").out
+    stack.ok("image", "delete", "1", "--increment", "0")
+    assert len(stack.ok("image", "list", "--json").json) == 1
