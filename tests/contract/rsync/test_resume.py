@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lab import wait_for
 from sshd import Sshd
-from stores import Disk, Store, export, exports_of
+from stores import Disk, Store, export, exports_of, meanwhile
 
 from oned_backup.errors import NoSpace, OnedBackupError
 from oned_backup.runner.run import Cancellation, Limits
@@ -32,27 +30,6 @@ def backed_up(store: Store, disk: Disk, cancellation: Cancellation | None = None
 
 def restored(store: Store) -> bytes:
     return store.download(store.url())
-
-
-@contextmanager
-def meanwhile(action: Callable[[], None]) -> Iterator[None]:
-    """Run `action` beside the block, and raise what it raised."""
-    raised: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 - for the test's thread
-            raised.append(error)
-
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join(90)
-        if raised:
-            raise raised[0]
 
 
 def arrived(store: Store, size: int = 1 << 20) -> os.stat_result:
