@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import typer
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, Wait, client
 from oned_backup.cli.vm import print_images
+from oned_backup.client import begin_download, is_restore_point
 from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
 
 app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
@@ -28,8 +28,6 @@ _Salvage = Annotated[
     bool, typer.Option("--salvage", help="Fill what is damaged with zeros, list it, and exit with 79.")
 ]
 _COPY_BYTES = 1024 * 1024
-_RESTORE_POINT = re.compile(r"(?P<image>[0-9]{1,9})(?::(?P<increment>[0-9]{1,9}))?")
-_ELSEWHERE = re.compile(r"(?P<host>[^/:]+):(?P<path>/.*)")
 
 
 @app.command("list")
@@ -272,24 +270,16 @@ def download(
     json: Json = False,
 ) -> None:
     """Restore one disk by its pseudo-URL, or all files of a restore point side by side."""
-    point = _RESTORE_POINT.fullmatch(url)
-    body: dict[str, Any] = {"format": image_format, "salvage": salvage}
-    if point is None and target == "-":
-        _download_to_stdout({**body, "url": url})
+    whole = is_restore_point(url)
+    if not whole and target == "-":
+        _download_to_stdout({"url": url, "format": image_format, "salvage": salvage})
         return
     api = client()
-    elsewhere = _ELSEWHERE.fullmatch(target)
-    path = elsewhere["path"] if elsewhere else str(Path(target).absolute())
-    if elsewhere:
-        body["host_id"] = api.resolve("host", elsewhere["host"])
-    if point is None:
-        operation = api.post("downloads", {**body, "url": url, "target": path, "overwrite": overwrite})
-        follow.conclude(api, operation, wait=True, as_json=json, show=_show_downloaded)
-        return
-    increment = point["increment"]
-    body |= {"to": path, "increment_id": None if increment is None else int(increment)}
-    operation = api.post(f"images/{int(point['image'])}/restore", body)
-    follow.conclude(api, operation, wait=True, as_json=json, show=_show_restored)
+    operation = begin_download(
+        api, url, target, image_format=image_format, overwrite=overwrite, salvage=salvage
+    )
+    show = _show_restored if whole else _show_downloaded
+    follow.conclude(api, operation, wait=True, as_json=json, show=show)
 
 
 def _show_downloaded(operation: Mapping[str, Any]) -> None:
