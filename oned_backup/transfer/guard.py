@@ -14,6 +14,7 @@ restarted is waited for, because the job lives in QEMU and goes on.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import subprocess
 import sys
@@ -35,8 +36,12 @@ _INTERVAL_S = 0.25
 _REMOTE_INTERVAL_S = 1.0
 #: a restart of libvirtd takes seconds, an upgrade a little longer
 _WAIT_FOR_LIBVIRT_S = 600.0
+#: how often another machine is told that we are there
+_ALIVE_S = 10.0
 _PID_FILE = "guard.pid"
 _NOTE = "aborted"
+#: see `deadman`
+ALIVE = "alive"
 
 
 def require_scratch(host: Host, folders: Iterable[Path]) -> None:
@@ -47,7 +52,7 @@ def require_scratch(host: Host, folders: Iterable[Path]) -> None:
 
 
 def start(task: Task, domain: Domain, folders: Iterable[Path]) -> None:
-    """Start the watchman of a job that has begun."""
+    """Start the watchman of a job that has begun; without `folders`, of servers on another machine."""
     arguments = [task.uri, domain.uuid, *map(str, (task.operation_dir, task.local_dir, *folders))]
     subprocess.Popen(
         [sys.executable, "-m", __name__, *arguments],
@@ -75,10 +80,17 @@ def stop(task: Task) -> None:
 def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: list[Path]) -> None:
     """Look until the operation's job has ended; end it if need be."""
     host = host_for(uri, local_dir)
+    if not folders:
+        _stay_alive(host, operation_dir, local_dir)
+        return
     interval_s = _REMOTE_INTERVAL_S if host.machine else _INTERVAL_S
+    told_at = -math.inf
     with connected(uri) as connection:
         domain = find_domain(connection, uuid, "")
         while domain.is_active and backup_job.is_beneath(backup_job.current_socket(domain), operation_dir):
+            if host.machine and time.monotonic() > told_at + _ALIVE_S:
+                told_at = time.monotonic()
+                _tell_alive(host, operation_dir)
             reason = _shortage(host, folders)
             if not reason and freeze.is_paused_by_io_error(domain):
                 reason = "the guest was stopped by an I/O error while its backup ran"
@@ -88,6 +100,16 @@ def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: li
                 freeze.resume_after_io_error(domain)
                 return
             time.sleep(interval_s)
+
+
+def _stay_alive(host: Host, operation_dir: Path, local_dir: Path) -> None:
+    while local_dir.is_dir():
+        _tell_alive(host, operation_dir)
+        time.sleep(_ALIVE_S)
+
+
+def _tell_alive(host: Host, operation_dir: Path) -> None:
+    host.run(["touch", "-c", "--", str(operation_dir / ALIVE)])
 
 
 def _shortage(host: Host, folders: Iterable[Path]) -> str:

@@ -18,7 +18,7 @@ from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
 from oned_backup.hypervisor.domain import Domain, find_domain
-from oned_backup.transfer import clean, companions, guard
+from oned_backup.transfer import clean, companions, deadman, guard
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import (
     TRACKED_FORMAT,
@@ -70,16 +70,20 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     tracked = [disk.target for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
     others = [disk.target for disk in present if disk.target not in decisions]
 
+    unprotected = deadman.start(task, domain, folders)
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
     note = task.operation_dir / freeze.NOTE
-    with freeze.frozen(
-        task.host,
-        domain,
-        mode,
-        timeout_s=task.freeze_timeout_s,
-        note=note,
-        thaw_later=lambda: thawer.start(task.uri, domain.uuid),
-    ) as window:
+    with (
+        deadman.watched(task),
+        freeze.frozen(
+            task.host,
+            domain,
+            mode,
+            timeout_s=task.freeze_timeout_s,
+            note=note,
+            thaw_later=lambda: thawer.start(task.uri, domain.uuid),
+        ) as window,
+    ):
         job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
 
     local_socket = task.host.forward(socket)
@@ -95,7 +99,12 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         ),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
-        freeze=Freeze(mode.value, window.method.value, window.milliseconds, window.warning),
+        freeze=Freeze(
+            mode.value,
+            window.method.value,
+            window.milliseconds,
+            "; ".join(filter(None, (window.warning, unprotected))),
+        ),
         excluded=selection.excluded,
         files=files,
     )

@@ -18,7 +18,7 @@ from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, find_domain
 from oned_backup.hypervisor.qemu_img import Image
-from oned_backup.transfer import clean, companions
+from oned_backup.transfer import clean, companions, deadman, guard
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide, refused
 from oned_backup.transfer.task import Task
@@ -61,14 +61,17 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
             qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
         qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
     task.host.make_private_dir(task.operation_dir)
+    unprotected = deadman.start(task, domain, ())
     served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
+    if task.host.machine:
+        guard.start(task, domain, ())
     _require_off(domain)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
         disks=disk_set.disk_exports(disks, decisions, number, served),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
-        freeze=Freeze(task.vm.config.fs_freeze.value),
+        freeze=Freeze(task.vm.config.fs_freeze.value, warning=unprotected),
         excluded=selection.excluded,
         files=files,
     )

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 from backed_up_vm import new_file
-from lab import Guest, LabError, data_disk, root_disk
+from lab import Guest, LabError, data_disk, root_disk, wait_for
 from netlab import Machine, Netlab
 from product import Product
 
@@ -31,9 +32,9 @@ def guest_on(netlab: Netlab) -> Iterator[Callable[..., Guest]]:
     """Boot a guest with a data disk on a machine; it is destroyed afterwards."""
     guests: list[Guest] = []
 
-    def boot(machine: Machine, *, data_mib: int = 64) -> Guest:
-        directory = Path(tempfile.mkdtemp(prefix="g", dir=machine.own))
-        disks = [root_disk(directory), data_disk(directory, data_mib)]
+    def boot(machine: Machine, *, shared: Path | None = None) -> Guest:
+        directory = Path(tempfile.mkdtemp(prefix="g", dir=shared or machine.own))
+        disks = [root_disk(directory), data_disk(directory, 64)]
         guest = Guest(machine.libvirtd, directory, f"web{len(guests)}", disks)
         guests.append(guest)
         guest.start()
@@ -83,6 +84,10 @@ def local_leftovers(machine: Machine) -> list[str]:
     return [line for line in lines if ".ctl" in line or "transfer.guard" in line or "virt-ssh-helper" in line]
 
 
+def tunnels(machine: Machine) -> list[str]:
+    return [line for line in local_leftovers(machine) if ".ctl" in line]
+
+
 def test_a_chain_over_ssh(netlab: Netlab, product: Product, guest_on: Callable[..., Guest]) -> None:
     hv1 = netlab["hv1"]
     guest = guest_on(hv1)
@@ -108,3 +113,117 @@ def test_a_chain_over_ssh(netlab: Netlab, product: Product, guest_on: Callable[.
         argv = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(restored), str(disk.path)]
         subprocess.run(argv, check=True, capture_output=True, timeout=60)
     shutil.rmtree(target)
+
+
+def known(product: Product, guest: Guest, machine: Machine, *, freeze: str = "AGENT") -> None:
+    """Have the daemon know the machine and its guest."""
+    add_host(product, machine)
+    product.run("vm", "import", machine.name, guest.name)
+    product.run("vm", "set", "0", f"FS_FREEZE={freeze}", "MODE=INCREMENT")
+
+
+def start_backup(product: Product, *words: str) -> str:
+    """The id of a backup that has begun to store."""
+    operation = product.ask("vm", "backup", "0", "--no-wait", *words)["id"]
+    wait_for("the step STORE", lambda: step(product, operation) == "STORE", 90)
+    return str(operation)
+
+
+def step(product: Product, operation: str) -> str:
+    shown = product.ask("operation", "show", operation)
+    return str(shown["steps"][-1]["name"]) if shown["steps"] else ""
+
+
+def ended(product: Product, operation: str, timeout_s: float = 120) -> dict[str, Any]:
+    def final() -> dict[str, Any] | None:
+        shown: dict[str, Any] = product.ask("operation", "show", operation)
+        return shown if shown["state"] in {"DONE", "FAILED", "CANCELLED"} else None
+
+    found: dict[str, Any] = wait_for("end of the operation", final, timeout_s)
+    return found
+
+
+def test_a_cable_that_is_pulled_in_mid_transfer(
+    netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
+) -> None:
+    hv1 = netlab["hv1"]
+    guest = guest_on(hv1)
+    known(product, guest, hv1)
+    new_file(guest, "/data/vdb/one", 40)
+    hv1.rate("20mbit")
+    operation = start_backup(product, "-d", "nightly")
+    assert guest.has_backup_job()
+    hv1.link(up=False)
+    wait_for("end of the step", lambda: step(product, operation) != "STORE", 90)
+    assert guest.shell("echo runs >/data/vdb/runs; cat /data/vdb/runs") == "runs"
+    wait_for("end of the tunnel", lambda: not tunnels(netlab["daemon"]), 60)
+    netlab.calm()
+    done = ended(product, operation)  # it is tried again until the host is back
+    assert done["state"] == "DONE", done["error"]
+    assert {entry["attempt"] for entry in done["steps"]} > {1}
+    assert not guest.has_backup_job()
+    assert remote_leftovers(hv1) == []
+    wait_for("end of everything here", lambda: not local_leftovers(netlab["daemon"]), 30)
+
+
+def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
+    netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
+) -> None:
+    hv1 = netlab["hv1"]
+    guest = guest_on(hv1)
+    known(product, guest, hv1)
+    new_file(guest, "/data/vdb/one", 40)
+    hv1.rate("20mbit")
+    operation = start_backup(product, "-d", "nightly")
+    product.kill()
+    product.start()
+    netlab.calm()
+    failed = ended(product, operation)
+    assert failed["state"] == "FAILED"
+    assert not guest.has_backup_job()
+    wait_for("end of everything there", lambda: not remote_leftovers(hv1), 30)
+    wait_for("end of everything here", lambda: not local_leftovers(netlab["daemon"]), 30)
+    assert guest.shell("echo runs >/data/vdb/runs; cat /data/vdb/runs") == "runs"
+
+
+@pytest.mark.parametrize("moves", ["copied, off", "shared, running"])
+def test_a_vm_that_moves_keeps_its_chain(
+    netlab: Netlab, product: Product, guest_on: Callable[..., Guest], moves: str
+) -> None:
+    hv1, hv2 = netlab["hv1"], netlab["hv2"]
+    is_shared = moves.startswith("shared")
+    guest = guest_on(hv1, shared=netlab.directory if is_shared else None)
+    known(product, guest, hv1, freeze="NONE")
+    add_host(product, hv2, tm="shared" if is_shared else "ssh")
+    new_file(guest, "/data/vdb/one", 8)
+    backup(product, "-d", "nightly")
+    new_file(guest, "/data/vdb/two", 4)
+    guest.stop()
+    moved = move(guest, hv2)
+    try:
+        if moves.endswith("running"):
+            moved.start()
+            moved.wait_ready()
+            new_file(moved, "/data/vdb/three", 4)
+        done = backup(product)
+        assert reasons(done) == {"vda": "increment", "vdb": "increment"}
+        assert "the VM has moved from host hv1 to hv2" in done["result"]["notes"]
+        assert product.ask("vm", "show", "0")["host"] == "hv2"
+        assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
+    finally:
+        moved.destroy()
+
+
+def move(guest: Guest, machine: Machine) -> Guest:
+    """The guest, which is off, on another machine; images that it cannot see are copied there."""
+    old, new = str(guest.directory), str(guest.directory)
+    if not (machine.root / old.lstrip("/")).exists():
+        new = tempfile.mkdtemp(prefix="g", dir=machine.own)
+        for disk in guest.disks:
+            shutil.copy(disk.path, new)
+    xml = guest.domain.XMLDesc(0).replace(old, new)
+    guest.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+    machine.libvirtd.connection.defineXML(xml)
+    moved = Guest.adopt(machine.libvirtd, guest.name)
+    moved.serial = Path(new) / guest.serial.name if guest.serial else None
+    return moved
