@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,9 @@ from stores import Chain, Store, run
 
 from oned_backup.errors import Misconfigured, Unavailable
 
+COPIES = "/var/tmp/restore"  # noqa: S108 - as the guide says
+GUIDE = (Path(__file__).parents[3] / "share/doc/restore-by-hand.md").read_text()
+
 
 def test_a_chain_restores_to_every_point(chain: Chain) -> None:
     store = chain.store
@@ -21,17 +26,20 @@ def test_a_chain_restores_to_every_point(chain: Chain) -> None:
 
 
 def test_opennebulas_own_rules_restore_what_we_store(chain: Chain, tmp_path: Path) -> None:
-    """Files by their names `disk.ID.INCREMENT`, each rebased onto the one before, then converted."""
-    before = ""
-    for number, backup_id in enumerate(chain.store.chain):
-        copy = tmp_path / f"disk.0.{number}"
-        copy.write_bytes((chain.store.path(backup_id) / copy.name).read_bytes())
-        if before:
-            run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", before, copy)
-        before = copy.name
-        run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", copy, tmp_path / "raw")
-        assert (tmp_path / "raw").read_bytes() == chain.expected[number]
-        assert (chain.store.path(backup_id) / "vm.xml").exists()
+    """The last commands of the guide: each file is rebased onto the one before."""
+    (script,) = re.findall(r"(?:^ {4}.*disk\.0\..*\n)+", GUIDE.partition("## 6.")[2], re.MULTILINE)
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    before = {path: path.read_bytes() for path in chain.store.base.rglob("disk.*")}
+    subprocess.run(
+        ["sh", "-ec", script.replace(COPIES, str(copies))],
+        check=True,
+        cwd=chain.store.base / "7",
+        timeout=60,
+    )
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", copies / "restored.qcow2", tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == chain.expected[1]
+    assert {path: path.read_bytes() for path in chain.store.base.rglob("disk.*")} == before
 
 
 def test_opennebulas_stores_are_read_where_they_are(make: Callable[..., Store], tmp_path: Path) -> None:
