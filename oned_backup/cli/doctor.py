@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from oned_backup.cli.check import Check
 from oned_backup.cli.client import Client
+from oned_backup.cli.doctor_hosts import check_hosts
 from oned_backup.config import Loaded, Settings, load_settings
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request
@@ -34,16 +35,6 @@ _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _APPARMOR_RULES = Path("/etc/apparmor.d/local/abstractions/libvirt-qemu")
 
 
-@dataclass(frozen=True)
-class Check:
-    """What was looked at; `status` is ok, warn or fail."""
-
-    name: str
-    status: str
-    text: str
-    remedy: str = ""
-
-
 def examine(settings_file: Path | None, uri: str) -> Iterator[Check]:
     """All checks, one after the other, as they are made."""
     try:
@@ -61,7 +52,10 @@ def examine(settings_file: Path | None, uri: str) -> Iterator[Check]:
     yield check_libvirt(loaded.settings, uri)
     yield check_apparmor(loaded.settings.nbd_dir, _APPARMOR, _APPARMOR_RULES)
     yield from _directories(loaded.settings)
-    yield check_daemon(loaded.settings.socket)
+    daemon = check_daemon(loaded.settings.socket)
+    yield daemon
+    if daemon.status == "ok":
+        yield from check_hosts(loaded.settings.ssh_config, Client(loaded.settings.socket).get("hosts"))
 
 
 def _settings(loaded: Loaded) -> Check:

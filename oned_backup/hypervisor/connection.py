@@ -112,6 +112,8 @@ def _ssh_failure(place: LibvirtUri, words: str) -> OnedBackupError:
             f"libvirt on {place.machine}: it has neither virt-ssh-helper (libvirt 6.8) nor nc",
             hint=f"Install netcat-openbsd on {place.machine}; a URI with socket= needs it in any case.",
         )
+    if words.startswith("virt-ssh-helper"):
+        return Unavailable(f"libvirt on {place.machine}: {words.partition(': ')[2]}")
     return explained(place.target, words.partition(": Connection reset by peer")[0])
 
 

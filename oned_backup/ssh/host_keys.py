@@ -74,11 +74,11 @@ def seen_fingerprint(config: Path, target: str) -> str:
     return "" if key is None else key.fingerprint
 
 
-def explained(target: str, stderr: str) -> OnedBackupError:
+def explained(target: str, stderr: str, config: Path | None = None) -> OnedBackupError:
     """As `command.failure`; an unknown host's error names the key that it shows."""
     error = failure(target, stderr)
     if isinstance(error, Misconfigured) and "is not known" in error.message:
-        return unknown_key(host_of(target), seen_fingerprint(config_path(), target))
+        return unknown_key(host_of(target), seen_fingerprint(config or config_path(), target))
     return error
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.guest
 
 
 def add_host(product: Product, machine: Machine, *, tm: str = "ssh") -> None:
+    assert machine.libvirtd.connection.isAlive()
     uri = f"qemu+ssh://root@{machine.name}/system"
     product.run(
         "host", "add", machine.name, "--uri", uri, "--tm", tm, "--accept-host-key", machine.fingerprint
