@@ -137,6 +137,9 @@ def _manifest(name: str, kind: Kind, *, shell: bool) -> str:
         """
     if kind is Kind.DATASTORE:
         text += """
+        # Later: "flatten" with the action increment_flatten, by which retention merges increments, and
+        # "catalogue" with catalogue, by which a store is imported. Each is an executable more.
+
         # What a datastore needs to be told. The daemon checks it; passwords and keys are `secret = true`
         # and come as files in $ODB_SECRETS_DIR.
         [parameters.BASE_PATH]
