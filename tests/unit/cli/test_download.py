@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from oned_backup.client import download
 from oned_backup.errors import Conflict, InvalidInput, NotFound, Unsupported
 
-from .conftest import Stack
+from .conftest import Stack, fill_disk
 
 
 def test_a_python_program_downloads_a_disk_and_a_restore_point(stack: Stack, tmp_path: Path) -> None:
@@ -46,3 +48,51 @@ def test_a_restore_point_on_a_host(stack: Stack, tmp_path: Path) -> None:
     stack.ok("download", "0:0", f"lab:{tmp_path}/there", "--format", "qcow2")
     assert (tmp_path / "there" / "disk.0.qcow2").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.glob("*/.oned-backup-op-*")) == []
+
+
+def settled(stack: Stack) -> None:
+    """Wait until nothing runs and nothing is queued."""
+    deadline = time.monotonic() + 60
+    while any(operation["ended_at"] is None for operation in stack.ok("operation", "list", "--json").json):
+        assert time.monotonic() < deadline, stack.daemon.log.read_text()
+        time.sleep(0.1)
+
+
+def test_urls_of_before_a_merge(stack: Stack, tmp_path: Path) -> None:
+    """As long as the content is there they lead to it; after that they are told apart from unknown ones."""
+    settings = stack.daemon.config
+    stack.ok("vm", "set", "web", "MODE=INCREMENT", "KEEP_LAST=2")
+    urls, contents = [], []
+    for number in range(4):
+        fill_disk(stack.disk("web"), seed=b"state %d" % number)
+        stack.ok("vm", "backup", "web")
+        settled(stack)
+        image = stack.ok("image", "list", "--json").json[-1]["id"]
+        urls.append(stack.ok("image", "ls", str(image), "--json").json[0]["url"])
+        contents.append(stack.disk("web").read_bytes())
+    assert len(stack.ok("image", "show", str(image), "--json").json["increments"]) == 2
+    for number in (2, 3):
+        done = download(urls[number], tmp_path / str(number), settings=settings)
+        assert (tmp_path / str(number)).read_bytes() == contents[number]
+        assert ("merged since" in str(done.get("notes"))) == (number == 2)
+    with pytest.raises(NotFound, match="was merged into"):
+        download(urls[0], tmp_path / "gone", settings=settings)
+    with pytest.raises(NotFound):
+        download(urls[0].replace("0:", "0:x"), tmp_path / "unknown", settings=settings)
+
+
+def test_a_block_device(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "web")
+    (tmp_path / "device").write_bytes(b"\xaa" * (9 << 20))
+    made = subprocess.run(
+        ["losetup", "--find", "--show", tmp_path / "device"], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    device = Path(made.stdout.strip())
+    try:
+        stack.ok("download", stack.ok("image", "ls", "0", "--json").json[0]["url"], str(device))
+        expected = stack.disk("web").read_bytes()
+        assert device.read_bytes() == expected + b"\xaa" * ((9 << 20) - len(expected))
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
