@@ -190,25 +190,6 @@ class Folder:
             raise
 
 
-def publish_path(temporary: Path, final: Path) -> None:
-    """Make the complete file `temporary` durable and give it its final name in the same directory.
-
-    `Conflict` if the name is taken; an existing file is never replaced. `NotFound` if there
-    is no such file.
-    """
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"{temporary} is not there") from error
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    with Folder.open(final.parent) as folder:
-        _move(str(temporary), _component(final.name), folder.descriptor, folder.descriptor)
-        folder.sync()
-
-
 def _move(source: str, target: str, source_dir: int, target_dir: int) -> None:
     """Rename without replacing: by a hard link, or where there are none over a placeholder of ours."""
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 from oned_backup.sdk import publish
-from oned_backup.sdk.publish import Folder, publish_path
+from oned_backup.sdk.publish import Folder
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_files_are_written_published_and_read(folder, tmp_path):
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_name_that_is_taken_is_never_replaced(folder, tmp_path):
+def test_a_name_that_is_taken_is_never_replaced(folder):
     folder.publish_file("manifest", b"one")
     with pytest.raises(Conflict):
         folder.publish_file("manifest", b"two")
@@ -36,12 +36,6 @@ def test_a_name_that_is_taken_is_never_replaced(folder, tmp_path):
         folder.make_folder(name).write_file("x", [b"y"])
     with pytest.raises(Conflict):
         folder.rename_folder("a", "b")
-    (tmp_path / "file.new").write_bytes(b"new")
-    with pytest.raises(Conflict):
-        publish_path(tmp_path / "file.new", tmp_path / "manifest")
-    publish_path(tmp_path / "file.new", tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == b"new"
-    assert not (tmp_path / "file.new").exists()
 
 
 def test_a_file_system_without_hard_links(folder, monkeypatch):
