@@ -28,6 +28,8 @@ from oned_backup.errors import DataCorrupt, InvalidInput, NotFound
 
 #: guest bytes that are merged at a time; what one L2 table covers
 _WINDOW = 512 << 20
+#: windows that are remembered: one more than threads may be in
+_WINDOWS = 3
 #: readers that fetch and prove data while the consumer writes
 _THREADS = 2
 _ZEROS = bytes(CLUSTER)
@@ -80,7 +82,7 @@ class ChainReader:
         self._salvage = salvage
         self._lock = threading.Lock()
         self._bad: set[tuple[int, int]] = set()
-        self._window: tuple[int, list[Piece]] | None = None
+        self._windows: dict[int, list[Piece]] = {}
         self._stored: dict[int, StoredFile] = {}
         self._maps: list[Qcow2File | None] = []
         try:
@@ -246,8 +248,8 @@ class ChainReader:
 
     def _merged(self, base: int) -> list[Piece]:
         """The pieces of one window, in order."""
-        if self._window is not None and self._window[0] == base:
-            return self._window[1]
+        if base in self._windows:
+            return self._windows[base]
         open_ranges = [(base, min(base + _WINDOW, self._guest_bytes))]
         pieces: list[Piece] = []
         for layer in reversed(range(len(self._maps))):
@@ -259,7 +261,9 @@ class ChainReader:
             extents = self._extents(image, open_ranges[0][0], open_ranges[-1][1])
             open_ranges = _overlay(open_ranges, extents, layer, pieces)
         pieces.sort(key=_start_of)
-        self._window = (base, pieces)
+        while len(self._windows) >= _WINDOWS:
+            del self._windows[next(iter(self._windows))]
+        self._windows[base] = pieces
         return pieces
 
     def _extents(self, image: Qcow2File | None, start: int, end: int) -> list[Extent]:
