@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab import Libvirtd
 
-from tests.bench import backups, limits, restores
+from tests.bench import backups, files, limits, restores
 from tests.bench.machines import build_disk, spread
 from tests.bench.product import ROOT
 from tests.bench.table import Row, publish
@@ -65,6 +65,7 @@ def main() -> int:
         build_disk(template, data, seed=1)
         rows += backups.measure(directory, libvirtd, template, data, percents, arguments.runs)
         rows += restores.measure(directory, libvirtd, template, data, increments, arguments.runs)
+        rows += files.measure(directory, template, data, increments, arguments.runs)
         rows += limits.measure(directory, full=not arguments.quick)
     size = f"{virtual // GIB} GiB disk, {data.allocated >> 20} MiB of data"
     publish(rows, ROOT / "build" / "bench.json", f"{size}; medians of {arguments.runs}; {_machine()}")

@@ -108,16 +108,21 @@ class VirtNbdBackup:
 def convert_chain(files: list[Path], target: Path) -> float:
     """Seconds for qemu-img to write the merged view of a chain (oldest first) to a raw file."""
     target.unlink(missing_ok=True)
+    return timed(
+        ["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", chain_node(files), str(target)],
+        durable=target,
+    )
+
+
+def chain_node(files: list[Path]) -> str:
+    """How QEMU's tools are told of a chain (oldest first) whose files name no backing files."""
     chain = None
     for path in files:
         node: dict[str, object] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
         if chain is not None:
             node["backing"] = chain
         chain = node
-    return timed(
-        ["qemu-img", "convert", "-O", "raw", "-W", "-m", "16", f"json:{json.dumps(chain)}", str(target)],
-        durable=target,
-    )
+    return f"json:{json.dumps(chain)}"
 
 
 def copy_file(source: Path, target: Path) -> float:
