@@ -45,7 +45,9 @@ _GRACE_S = 5.0
 _LOCK_WAIT_S = 60.0
 _LOCK_PAUSE_S = 2.0
 _MOUNT_S = 120.0
-_SIGN_OF_LIFE_S = 60.0
+_SIGN_OF_LIFE_S = 30.0
+_LOOK_S = 1.0
+_LOST = (b"connection lost", b"ssh command exited")
 
 #: the first that is found counts: what is wrong with us or the way there comes before damage
 _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
@@ -109,14 +111,23 @@ class Started:
         return self._process.poll() is not None
 
     def wait(self, alive: Callable[[], None] = lambda: None) -> Completed:
-        """Its end; `alive` is called now and then meanwhile."""
+        """Its end; `alive` is called now and then meanwhile. It is ended when its connection is lost."""
+        told = time.monotonic()
         while True:
             try:
-                self._process.wait(_SIGN_OF_LIFE_S)
+                self._process.wait(_LOOK_S)
             except subprocess.TimeoutExpired:
-                alive()
+                self.stop_if_lost()
+                if time.monotonic() - told > _SIGN_OF_LIFE_S:
+                    told = time.monotonic()
+                    alive()
             else:
                 return self.so_far()
+
+    def stop_if_lost(self) -> None:
+        """End it if its ssh is gone: it would try for a quarter of an hour, and cannot succeed."""
+        if not self.ended and any(word in _content(self._err) for word in _LOST):
+            self.stop()
 
     def so_far(self) -> Completed:
         """What it printed up to now."""

@@ -9,10 +9,12 @@ A repository gets its name when it is complete, by a rename that cannot replace 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import selectors
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 _HOST = "oned-backup"
 #: less than this on a server that reports "Failure": it is full
 _FULL_KB = 64 * 1024
+_LOOK_S = 1.0
+_SIGN_OF_LIFE_S = 30.0
 
 
 class AlreadyThere(Exception):
@@ -56,6 +60,7 @@ class Store:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.settings: Settings = settings_of(call)
+        self._told = time.monotonic()
         for warning in self.settings.warnings():
             call.warn(warning)
 
@@ -232,7 +237,7 @@ class Store:
         for _ in repo.awaited():
             while True:
                 with repo.start(*words, cwd=Path("shown").absolute()) as storing:
-                    _first_ended(asked, storing)
+                    self._follow(asked, storing)
                     done = storing.wait()
                 if not (isinstance(error := repo.error(done), NotFound) and done.returncode) or created:
                     break
@@ -248,36 +253,50 @@ class Store:
                 break
         raise error
 
+    def _follow(self, asked: Started, storing: Started) -> None:
+        """Until `storing` has ended; `AlreadyThere` as soon as `asked` has found something.
+
+        It is ended if it cannot succeed any more: restic itself tries for a quarter of an hour.
+        """
+        looked = 0
+        with selectors.DefaultSelector() as selector:
+            selector.register(storing, selectors.EVENT_READ)
+            selector.register(asked, selectors.EVENT_READ)
+            known = False
+            while not (storing.ended and known):
+                selector.select(_LOOK_S)
+                if not known and (asked.ended or storing.ended):
+                    known = True
+                    if _found(asked.wait()):
+                        raise AlreadyThere
+                    selector.unregister(asked)
+                storing.stop_if_lost()
+                failures = storing.so_far().stderr.count(b"Failure")
+                if failures > looked and not storing.ended:
+                    looked = failures
+                    if self._free_kb() <= _FULL_KB:
+                        storing.stop()
+                if time.monotonic() - self._told > _SIGN_OF_LIFE_S:
+                    self._told = time.monotonic()
+                    self.call.log("restic is at work")
+
+    def _free_kb(self) -> int:
+        """KiB that are free on the server; many if that is not known."""
+        try:
+            return sftp.space_kb(self.settings.target, self.settings.base)[2]
+        except OnedBackupError:
+            return 1 << 62
+
     def _explained(self, error: OnedBackupError, stderr: bytes) -> OnedBackupError:
         """SFTP has no word for a full disk: it says "Failure"."""
         if self.settings.s3 or not (isinstance(error, NoSpace) or b"Failure" in stderr):
             return error
-        try:
-            free_kb = sftp.space_kb(self.settings.target, self.settings.base)[2]
-        except OnedBackupError:
-            return error
+        free_kb = self._free_kb()
         if free_kb > _FULL_KB and not isinstance(error, NoSpace):
             return error
         return NoSpace(
             f"{self.settings.target}:{self.settings.base}: {free_kb >> 10} MB free", hint="Make room there."
         )
-
-
-def _first_ended(asked: Started, storing: Started) -> None:
-    """Until `storing` has ended; `AlreadyThere` as soon as `asked` has found something."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(storing, selectors.EVENT_READ)
-        selector.register(asked, selectors.EVENT_READ)
-        known = False
-        while not storing.ended or not known:
-            selector.select()
-            if asked.ended and not known:
-                known = True
-                selector.unregister(asked)
-                if _found(asked.wait()):
-                    raise AlreadyThere
-            if storing.ended and not known:
-                asked.wait()
 
 
 def _found(asked: Completed) -> bool:
@@ -306,6 +325,7 @@ def _read_failure(repo: Repository, started: Started, error: DataCorrupt | OSErr
     known = program.kind_of(said.stderr.decode("utf-8", "replace"))
     if known is Unavailable or started.ended:
         return Unavailable(repo.error(said).message)
-    if isinstance(error, OSError) and known is DataCorrupt:
-        return DataCorrupt(f"{error.filename or repo.location.url}: {repo.error(said).message}")
+    if isinstance(error, OSError) and error.errno == errno.EIO:  # the server answers, so it is what it holds
+        why = repo.error(said).message if known is DataCorrupt else "restic cannot read it"
+        return DataCorrupt(f"{repo.location.url}: {why}")
     return error

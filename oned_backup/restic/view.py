@@ -11,6 +11,7 @@ restic_snapshot that lacks something lacks the manifest too.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from oned_backup.errors import DataCorrupt, NotFound
@@ -18,6 +19,7 @@ from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.sdk.publish import Folder
 
 TAG = "backup="
+_FOREIGN_TAG = re.compile(r"one-\d{1,9}")
 #: directories between the top of a restic_snapshot and the files of the backup
 _MAX_DEPTH = 16
 
@@ -34,7 +36,8 @@ class StoredBackups(Folder):
     def names(self) -> list[str]:
         """The ids of the finished backups."""
         tags = sorted(entry.name for entry in self._mount.iterdir() if entry.name.startswith(TAG))
-        return [name for name in (tag.removeprefix(TAG) for tag in tags) if self._place(name) is not None]
+        ours = [name for name in (tag.removeprefix(TAG) for tag in tags) if self._place(name) is not None]
+        return ours + self._foreign()
 
     def has(self, name: str) -> bool:
         """Whether there is a finished backup of that id."""
@@ -54,12 +57,21 @@ class StoredBackups(Folder):
 
     def restic_snapshots(self, name: str) -> list[str]:
         """The short ids of all restic_snapshots of that backup, also of those that are not whole."""
+        if name in self._foreign():
+            return [name]
         tagged = self._mount / f"{TAG}{name}"
         return sorted(entry.name for entry in tagged.iterdir()) if tagged.is_dir() else []
 
+    def _foreign(self) -> list[str]:
+        """The short ids of what OpenNebula stored."""
+        tags = (entry for entry in self._mount.iterdir() if _FOREIGN_TAG.fullmatch(entry.name))
+        return sorted({short.name for tag in tags for short in tag.iterdir()})
+
     def _place(self, name: str) -> Path | None:
         """Where the files of a finished backup are; of two with the same id, the older counts."""
-        if name not in self._finished:
+        if name not in self._finished and name in self._foreign():
+            self._finished[name] = _files_below(next(self._mount.glob(f"one-*/{name}")))
+        elif name not in self._finished:
             tops = [self._mount / f"{TAG}{name}" / short for short in self.restic_snapshots(name)]
             tops.sort(key=lambda top: top.stat().st_mtime_ns)
             places = (_files_below(top) for top in tops)

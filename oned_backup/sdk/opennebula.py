@@ -1,6 +1,6 @@
-"""Backups that OpenNebula's rsync driver stored, seen as ours: manifests made up from what lies there.
+"""Backups that OpenNebula's drivers stored, seen as ours: manifests made up from what lies there.
 
-    BASE_PATH/<vm id>/<6 hex digits>/
+    BASE_PATH/<vm id>/<6 hex digits>/        rsync; in restic_snapshots the last folder's name is another
         vm.xml                           OpenNebula's document of the VM, base64
         disk.<disk id>.<increment>       qcow2; increments name a backing file that is there no more
         disk.tpm.0                       perhaps
@@ -34,7 +34,8 @@ from oned_backup.sdk.publish import Folder
 MAKER = "opennebula"
 VM_XML = "vm.xml"
 
-_ID = re.compile(r"[0-9a-f]{6}")
+#: of rsync, and the short ids of restic_snapshots
+_ID = re.compile(r"[0-9a-f]{6}(?:[0-9a-f]{2})?")
 _DISK = re.compile(r"disk\.(\d{1,9})\.(\d{1,9})")
 _MAX_VM_XML_BYTES = 16 << 20
 _HEADER_BYTES = 64 << 10

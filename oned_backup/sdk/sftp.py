@@ -23,7 +23,7 @@ def batch(target: str, commands: Sequence[str], *, timeout_s: float = 60.0) -> C
 
     `NotFound` if that was for something that is not there; errors of the connection as `sdk.ssh` has them.
     """
-    argv = ["sftp", "-F", str(ssh.config_path()), "-b", "-", "-q", "--", target]
+    argv = ["sftp", "-F", str(ssh.config_path()), "-b", "-", "--", target]
     done = run(argv, stdin="\n".join([*commands, ""]).encode(), timeout_s=timeout_s, check=False)
     if done.returncode != 0:
         raise _failure(target, done)

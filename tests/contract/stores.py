@@ -107,6 +107,7 @@ class Store:
     parameters: Mapping[str, str] = field(default_factory=dict)
     #: further variables of the driver
     environment: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = LIMITS
     vm_id: int = VM_ID
     #: backup ids by chain: what BACKUP_INCREMENTS says
@@ -186,7 +187,7 @@ class Store:
             load_driver(self.driver),
             action,
             request,
-            Invocation(self.root, source_dir=self.source, environment=self.environment),
+            Invocation(self.root, source_dir=self.source, secrets=self.secrets, environment=self.environment),
             limits=self.limits,
             cancellation=cancellation,
             log=lambda _, line: self.logged.append(line),
