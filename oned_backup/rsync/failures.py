@@ -53,6 +53,10 @@ _WORDS: tuple[tuple[str, type[OnedBackupError]], ...] = (
 _WHAT_THE_SERVER_NEEDS = "The account on the server needs a shell, coreutils, rsync and sftp."
 
 
+class NotTheLink(Unavailable):
+    """Nothing that another connection to the server would help."""
+
+
 def explain_rsync(target: str, code: int, stderr: str) -> OnedBackupError:
     """The error for an rsync to or from `target` that ended with `code`, not 0."""
     if code == SSH_FAILED:

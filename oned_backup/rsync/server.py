@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
 from oned_backup.errors import Conflict, DriverFailed, OnedBackupError, error_for_exit_code
 from oned_backup.rsync.arguments import Settings
-from oned_backup.rsync.failures import explain_refusal, kind_of_words
-from oned_backup.sdk.ssh import remote_run
+from oned_backup.rsync.failures import SSH_FAILED, explain_refusal, kind_of_words
+from oned_backup.sdk.files import Chunk
+from oned_backup.sdk.process import Completed
+from oned_backup.sdk.ssh import failed, remote_run, ssh_argv
 
 #: making the data of a backup durable may take its time
 _TIMEOUT_S = 3600.0
@@ -62,9 +67,39 @@ class Server:
                 prepared.partial[name] = int(size)
         return prepared
 
-    def publish(self, vm: str, backup_id: str, manifest: bytes) -> None:
-        """Make the files durable, then the manifest, then the finished name."""
-        self._ask("publish", vm, backup_id, stdin=manifest)
+    def receive(self, vm: str, backup_id: str, name: str, offset: int, chunks: Iterable[Chunk]) -> str:
+        """Write a file from `offset` on, without rsync; the SHA-256 of what the server then has of it."""
+        target = self.settings.target
+        argv = ssh_argv(target, self._argv("receive", vm, backup_id, name, str(offset)))
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            process = subprocess.Popen(
+                [*self.settings.prefix, *argv], stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
+            )
+            try:
+                assert process.stdin is not None  # noqa: S101 - for the type checker
+                with suppress(BrokenPipeError), process.stdin as stdin:
+                    for chunk in chunks:
+                        stdin.write(chunk)
+                process.wait()
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+            for stream in (stdout, stderr):
+                stream.seek(0)
+            done = Completed(tuple(argv), process.returncode, stdout.read(), stderr.read())
+        if done.returncode == SSH_FAILED:
+            raise failed(target, done.stderr)
+        return dict(self._answers(done))["digest"]
+
+    def publish(self, vm: str, backup_id: str, manifest: bytes, heads: Mapping[str, bytes]) -> None:
+        """Make the files durable, then the manifest, then the finished name.
+
+        `heads`: what belongs at the beginning of files that were sent without it.
+        """
+        lengths = [word for name, head in heads.items() for word in (name, str(len(head)))]
+        stdin = b"".join((*heads.values(), manifest))
+        self._ask("publish", vm, backup_id, str(len(manifest)), *lengths, stdin=stdin)
 
     def cancel(self, vm: str, backup_id: str) -> None:
         """Remove what an unfinished backup left."""
@@ -75,18 +110,23 @@ class Server:
         self._ask("remove", self._images, vm, *ids)
 
     def _ask(self, verb: str, *arguments: str, stdin: bytes = b"") -> list[tuple[str, str]]:
+        argv = self._argv(verb, *arguments)
         target = self.settings.target
-        argv = ["sh", "-c", _script(), "sh", verb, self.settings.base, *arguments]
-        done = remote_run(target, argv, stdin=stdin, timeout_s=_TIMEOUT_S, check=False)
+        return self._answers(remote_run(target, argv, stdin=stdin, timeout_s=_TIMEOUT_S, check=False))
+
+    def _argv(self, verb: str, *arguments: str) -> list[str]:
+        return ["sh", "-c", _script(), "sh", verb, self.settings.base, *arguments]
+
+    def _answers(self, done: Completed) -> list[tuple[str, str]]:
         answers = [
             _split(line.removeprefix("odb "))
             for line in done.stdout.decode("utf-8", "replace").splitlines()
             if line.startswith("odb ")
         ]
         if not answers:  # not even begun
-            raise explain_refusal(target, done.last_words)
+            raise explain_refusal(self.settings.target, done.last_words)
         if done.returncode != 0:
-            raise _explain(target, done.returncode, done.last_words)
+            raise _explain(self.settings.target, done.returncode, done.last_words)
         return answers
 
 

@@ -86,16 +86,30 @@ prepare)                        # IMAGES VM ID: where to put a backup, and what 
         done
     fi
     ;;
-publish)                        # VM ID, the manifest on standard input
-    vm=$1 id=$2
+receive)                        # VM ID FILE OFFSET: standard input is the rest of the file
+    enter "$1" || fail 66 "$base/$1 is absent"
+    cd -P ".partial-$2" || exit 1
+    # At its place, not appended: what an earlier dd still gets is the same there.
+    try dd of="$3" bs=1M iflag=fullblock oflag=seek_bytes seek="$4" conv=notrunc status=none
+    digest=$(sha256sum <"$3") || exit 1
+    echo "odb digest ${digest%% *}"
+    ;;
+publish)                        # VM ID LENGTH [FILE LENGTH]…: on standard input the heads of the files, the manifest
+    vm=$1 id=$2 length=$3
+    shift 3
     enter "$vm" || fail 66 "$base/$vm is absent"
     cd -P ".partial-$id" || exit 1
+    while [ $# -gt 0 ]; do
+        try dd of="$1" bs=1M iflag=fullblock,count_bytes count="$2" conv=notrunc status=none
+        shift 2
+    done
     set -- *
     # A failed sync is final: the kernel may have dropped the data and report success the next time.
     if ! { ! there "$1" || sync -- "$@"; } || ! { cat >.manifest && sync .manifest; }; then
         cd .. && discard ".partial-$id"
         exit 1
     fi
+    [ "$(stat -c %s .manifest)" = "$length" ] || fail 69 "the manifest was cut off"
     try mv .manifest manifest.json
     try sync .
     cd ..

@@ -23,8 +23,9 @@ from pathlib import Path
 from oned_backup.errors import Cancelled, NoSpace, OnedBackupError, Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, parse_manifest
-from oned_backup.rsync.failures import LOST_CONNECTION, explain_rsync
+from oned_backup.rsync.failures import LOST_CONNECTION, NotTheLink, explain_rsync
 from oned_backup.rsync.server import Prepared, Server, Space
+from oned_backup.rsync.stream import Pace, Rest, bytes_per_second
 from oned_backup.sdk import failures
 from oned_backup.sdk.call import Call
 from oned_backup.sdk.files import BackupFiles
@@ -43,10 +44,6 @@ _LONGEST_PAUSE_S = 30.0
 _LAST_S = 10.0
 _LONGEST_S = 14 * 86400.0
 _UNPROVED = "failed verification"
-
-
-class _NotTheLink(Unavailable):
-    """Nothing that another connection to the server would help."""
 
 
 class Transfer:
@@ -74,7 +71,7 @@ class Transfer:
         while True:
             try:
                 return self._attempt()
-            except (Cancelled, _NotTheLink):
+            except (Cancelled, NotTheLink):
                 raise
             except Unavailable as error:
                 if not self._begun or self._is_too_late():
@@ -101,11 +98,17 @@ class Transfer:
             needed = files.total_bytes + files.manifest_bytes
             if needed - prepared.partial_bytes > prepared.space.free:
                 raise self._no_space(needed, prepared.space)
-            manifest = self._send(files, needed)
-        self._server.publish(self._vm, self._backup_id, manifest)
+            try:
+                if any(file.head_bytes for file in files.files):
+                    manifest, heads = self._stream(files, prepared)
+                else:
+                    manifest, heads = self._send(files), {}
+            except NoSpace as error:
+                raise self._no_space(needed, self._server.space()) from error
+        self._server.publish(self._vm, self._backup_id, manifest, heads)
         return parse_manifest(manifest)
 
-    def _send(self, files: BackupFiles, needed: int) -> bytes:
+    def _send(self, files: BackupFiles) -> bytes:
         """The manifest, when everything else is on the server."""
         code, said = 0, ""
         self._begun = True
@@ -119,15 +122,33 @@ class Transfer:
                     if not file.size_bytes:  # rsync does not read these
                         (shown / file.name).read_bytes()
                 return (shown / MANIFEST).read_bytes()
-        except NoSpace as error:
-            raise self._no_space(needed, self._server.space()) from error
         except OnedBackupError as error:
             if _UNPROVED in said:
                 self._anew("is damaged, or of another source")
                 raise Unavailable(f"backup {self._backup_id} could not be continued") from error
             if isinstance(error, Unavailable) and code not in LOST_CONNECTION:
-                raise _NotTheLink(error.message, hint=error.hint) from error
+                raise NotTheLink(error.message, hint=error.hint) from error
             raise
+
+    def _stream(self, files: BackupFiles, prepared: Prepared) -> tuple[bytes, dict[str, bytes]]:
+        """The manifest, and what is still to be put at the beginning of files; everything else is there.
+
+        The size of a compressed image is not known before it is there, which rsync would need.
+        """
+        pace = Pace(bytes_per_second(self._server.settings.options))
+        heads = {}
+        for file in files.files:
+            there = max(prepared.partial.get(file.name, 0), file.head_bytes)
+            rest = Rest(file, there, pace)
+            self._begun = True
+            digest = self._server.receive(self._vm, self._backup_id, file.name, there, rest)
+            rest.require_whole()
+            if digest != rest.digest:
+                self._anew("is damaged, or of another source")
+                raise Unavailable(f"{file.name}: the server does not have what was sent")
+            if file.head_bytes:
+                heads[file.name] = b"".join(file.head())
+        return b"".join(files.manifest().chunks()), heads
 
     def _anew(self, why: str) -> Prepared:
         """Throw away what the server has of the backup."""

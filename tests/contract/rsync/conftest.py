@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,11 @@ def make(sshd: Sshd, tmp_path: Path) -> Callable[..., Store]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
-    return make_disk(tmp_path)
+    """20 MiB with 3 MiB that do not compress, and some that do."""
+    made = make_disk(tmp_path)
+    (tmp_path / "random").write_bytes(os.urandom(3 << 20))
+    made.write(f"write -s {tmp_path}/random 0 3M")
+    return made
 
 
 @pytest.fixture(scope="session")

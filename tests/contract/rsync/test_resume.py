@@ -20,6 +20,7 @@ from oned_backup.runner.run import Cancellation, Limits
 ID = "20260101-000000-aaaaaa"
 #: slow enough to be caught in the middle: the disk has 3 MB
 SLOW = "3000"
+BOTH = pytest.mark.parametrize("compression", ["none", "zstd:1"])
 KILL = Limits(deadline_s=60, inactivity_s=60, grace_s=0, stop_signal=signal.SIGKILL)
 
 
@@ -42,15 +43,21 @@ def arrived(store: Store, size: int = 1 << 20) -> os.stat_result:
 def cut(sshd: Sshd) -> None:
     """End the sshd sessions, as a server does that goes down."""
     pid = (sshd.directory / "sshd.pid").read_text().strip()
-    found = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=True).stdout
-    for session in found.split():
+
+    def sessions() -> list[str]:
+        return subprocess.run(
+            ["pgrep", "-P", pid], capture_output=True, text=True, check=False
+        ).stdout.split()
+
+    for session in wait_for("a session", sessions):
         os.kill(int(session), signal.SIGKILL)
 
 
+@BOTH
 def test_a_connection_that_is_cut_is_continued(
-    make: Callable[..., Store], disk: Disk, sshd: Sshd, tmp_path: Path
+    compression: str, make: Callable[..., Store], disk: Disk, sshd: Sshd, tmp_path: Path
 ) -> None:
-    store = make(RSYNC_BWLIMIT=SLOW)
+    store = make(RSYNC_BWLIMIT=SLOW, COMPRESSION=compression)
     seen: list[os.stat_result] = []
 
     def cut_twice() -> None:
@@ -67,10 +74,11 @@ def test_a_connection_that_is_cut_is_continued(
     assert store.failures() == {ID: {}}
 
 
+@BOTH
 def test_the_same_id_again_continues_what_a_killed_driver_left(
-    make: Callable[..., Store], disk: Disk, tmp_path: Path
+    compression: str, make: Callable[..., Store], disk: Disk, tmp_path: Path
 ) -> None:
-    store = make(RSYNC_BWLIMIT=SLOW)
+    store = make(RSYNC_BWLIMIT=SLOW, COMPRESSION=compression)
     cancellation = Cancellation()
     seen: list[os.stat_result] = []
 
@@ -87,20 +95,21 @@ def test_the_same_id_again_continues_what_a_killed_driver_left(
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "compression"),
     [
-        ("disk.0.0", b"\xaa" * (1 << 20)),
-        ("disk.0.0", b"\xaa" * (64 << 20)),
-        ("disk.0.0.blocks", b"\0"),
-        ("disk.3.0", b"of another disk"),
-        ("manifest.json", b"{}"),
-        ("vm.xml", b""),
+        ("disk.0.0", b"\xaa" * (1 << 20), "none"),
+        ("disk.0.0", b"\xaa" * (1 << 20), "zstd"),
+        ("disk.0.0", b"\xaa" * (64 << 20), "none"),
+        ("disk.0.0.blocks", b"\0", "none"),
+        ("disk.3.0", b"of another disk", "none"),
+        ("manifest.json", b"{}", "none"),
+        ("vm.xml", b"", "none"),
     ],
 )
 def test_what_is_there_of_something_else_is_never_kept(
-    name: str, content: bytes, make: Callable[..., Store], disk: Disk, tmp_path: Path
+    name: str, content: bytes, compression: str, make: Callable[..., Store], disk: Disk, tmp_path: Path
 ) -> None:
-    store = make()
+    store = make(COMPRESSION=compression)
     partial = store.base / "7" / f".partial-{ID}"
     partial.mkdir(parents=True)
     (partial / name).write_bytes(content)
