@@ -74,6 +74,7 @@ class SshHost:
         channel = transport.open_session(timeout=timeout_s)
         out, err = bytearray(), bytearray()
         try:
+            channel.fileno()  # made now, it tells of all that comes; made after the end, it tells nothing
             channel.exec_command(quoted(watched(argv, timeout_s=timeout_s, stdin_bytes=len(stdin))))
             channel.sendall(stdin)
             while True:
