@@ -56,6 +56,24 @@ def test_memory_does_not_follow_the_data(qemu) -> None:
     assert found["rss_mb"] < 96
 
 
+_COMPRESSED = """
+import sys
+from oned_backup.disk.image import open_export
+start = time.monotonic()
+with open_export(sys.argv[1], "") as view, view.compressed(1) as image:
+    written = sum(len(chunk) for chunk in image.chunks()) + sum(len(piece) for piece in image.head())
+    assert written == image.size_bytes
+    report(size=written, wall_s=time.monotonic() - start)
+"""
+
+
+def test_nor_does_it_when_compressing(qemu) -> None:
+    with qemu.nbdkit("pattern", "size=1G") as socket:
+        found = measured(_COMPRESSED, socket)
+    assert found["size"] < 1 << 30
+    assert found["rss_mb"] < 96
+
+
 _PASSES = """
 import gc, sys
 from oned_backup.disk.image import open_export
