@@ -229,6 +229,7 @@ def operation_row(operation: Operation) -> JSON:
         "queued_at": operation.queued_at,
         "started_at": operation.started_at,
         "ended_at": operation.ended_at,
+        "not_before": operation.not_before,
         "error": json.loads(operation.error) if operation.error else None,
     }
 

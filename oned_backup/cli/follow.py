@@ -33,7 +33,6 @@ _WORDS = {
     "REMOVE": "removing",
     "MERGE": "merging",
     "SWITCH": "recording",
-    "WAIT": "waiting to try again",
 }
 
 
@@ -154,6 +153,8 @@ def _description(view: JSON, step: str) -> str:
     blocker = view.get("waits_for")
     if blocker:
         return f"waiting for {blocker['kind']} {blocker['id']}"
+    if view.get("not_before"):
+        return f"{view['kind']}: waiting to try again: {view['error']['message']}"
     return f"{view['kind']}: {_WORDS.get(step, step.lower() or 'queued')}"
 
 

@@ -265,6 +265,8 @@ class Service:
             with held(self.settings.run_dir, operation.id) as context.lock_fd:
                 state = run_operation(KINDS[operation.kind], context)
             logger.info("%s %s: %s", operation.kind, operation.id, state)
+            if state is OperationState.QUEUED:
+                self._look_again_at(self.services.store.journal.get(operation.id).not_before)
         except Exception as error:
             logger.exception("%s %s", operation.kind, operation.id)
             self._give_up(operation, error)
@@ -295,6 +297,12 @@ class Service:
     def _look(self) -> None:
         with self._work:
             self._work.notify_all()
+
+    def _look_again_at(self, when: float | None) -> None:
+        """Have a worker look at the queue when an operation's wait is over."""
+        timer = threading.Timer(max((when or 0) - time.time(), 0), self._look)
+        timer.daemon = True
+        timer.start()
 
     def _join(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

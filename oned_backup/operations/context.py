@@ -60,6 +60,11 @@ class Context:
     #: whether a user asked for the end; stays true while cleaning up
     cancellation_asked: bool = False
 
+    def __post_init__(self) -> None:
+        """Go on counting where the attempt before stopped."""
+        self.attempt += int(self.operation.result.get("attempts", 0))
+        self.notes += self.operation.result.get("notes", ())
+
     @property
     def arguments(self) -> Mapping[str, Any]:
         """What the operation was asked to do."""

@@ -2,7 +2,8 @@
 
 One attempt is one walk through the table. When it ends in FAILED, the kind of
 operation decides whether to walk again (a host that could not be reached, a
-guest that changed its state in the middle); before that everything was undone.
+guest that changed its state in the middle); before that everything was undone. Unless the
+wait is short the operation goes back into the queue for it: it holds no worker and no lock.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: undos are tried so often when what they need cannot be reached
 _UNDO_TRIES = 3
+#: a shorter wait for the next attempt is not worth the queue
+_SHORT_S = 1.0
 
 _KNOWN_ERRORS: Mapping[int | None, type[OnedBackupError]] = {
     errno.ENOSPC: NoSpace,
@@ -37,7 +40,7 @@ _KNOWN_ERRORS: Mapping[int | None, type[OnedBackupError]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt failed: in which step, and when the first attempt began (monotonic)."""
+    """Why an attempt failed: in which step, and when the first attempt began (seconds since 1970)."""
 
     step: str
     error: OnedBackupError
@@ -48,7 +51,7 @@ def retry_wait(context: Context, failure: Failure) -> float | None:
     """How long to wait before the next attempt; None: give up. Doubles from attempt to attempt."""
     retry = context.services.settings.retry
     wait = min(retry.first_wait_s * 2 ** (context.attempt - 1), retry.longest_wait_s)
-    late = time.monotonic() + wait > failure.began + retry.for_s
+    late = time.time() + wait > failure.began + retry.for_s
     return None if late or not failure.error.retryable else wait
 
 
@@ -218,8 +221,11 @@ class _Walk:
 
 
 def run_operation(kind: OperationKind, context: Context) -> OperationState:
-    """Carry out `context.operation` to its end, which is in the journal afterwards and returned."""
-    began = time.monotonic()
+    """Carry out `context.operation`: its end, or QUEUED if it is to be tried again later.
+
+    Which of them it came to is in the journal afterwards.
+    """
+    began = context.operation.started_at or time.time()
     while True:
         walk = _Walk(kind, context, doing(kind.steps[0]))
         try:
@@ -233,12 +239,22 @@ def run_operation(kind: OperationKind, context: Context) -> OperationState:
         if wait is None:
             return finish(kind, context, end_of(error), error)
         context.note(f"attempt {context.attempt}: {walk.failed_step}: {error}")
-        context.step = "WAIT"
-        context.report("WAIT", 0, 0)
+        if wait >= _SHORT_S and not context.cancellation.cancelled:
+            return _postpone(kind, context, wait, error)
         if context.cancellation.wait(wait):
             return finish(kind, context, OperationState.CANCELLED, _cancelled(error))
         context.attempt += 1
         context.facts.clear()
+
+
+def _postpone(kind: OperationKind, context: Context, wait_s: float, error: OnedBackupError) -> OperationState:
+    _tell_end(kind, context, OperationState.FAILED, error)
+    result = {"notes": list(context.notes), "attempts": context.attempt}
+    context.services.store.journal.postpone(
+        context.operation.id, wait_s, result=result, error=describe(error)
+    )
+    context.remove_work_dir()
+    return OperationState.QUEUED
 
 
 def go_on(kind: OperationKind, context: Context, state: str, numbers: Mapping[str, int]) -> str:
@@ -253,11 +269,7 @@ def finish(
 ) -> OperationState:
     """Write the operation's end to the journal and clear away what it kept for itself."""
     context.step = "END"
-    try:
-        kind.ended(context, state, error)
-    except Exception as trouble:
-        logger.exception("%s %s: after its end", kind.name, context.operation.id)
-        context.note(f"after the end: {trouble}")
+    _tell_end(kind, context, state, error)
     result = dict(kind.result(context)) if state is OperationState.DONE else partial_result(kind, context)
     if context.notes:
         result["notes"] = list(context.notes)
@@ -270,6 +282,16 @@ def finish(
     failpoints.reach(f"{kind.name}.END.ended")
     context.remove_work_dir()
     return state
+
+
+def _tell_end(
+    kind: OperationKind, context: Context, state: OperationState, error: OnedBackupError | None
+) -> None:
+    try:
+        kind.ended(context, state, error)
+    except Exception as trouble:
+        logger.exception("%s %s: after its end", kind.name, context.operation.id)
+        context.note(f"after the end: {trouble}")
 
 
 def partial_result(kind: OperationKind, context: Context) -> dict[str, Any]:

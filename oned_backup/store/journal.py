@@ -2,6 +2,7 @@
 
     QUEUED ---claim---> RUNNING ---finish---> DONE | FAILED | CANCELLED
     QUEUED ---request_cancel---> CANCELLED
+    QUEUED <--postpone-- RUNNING      to be tried again, not before a given time
 
     INTENT ---end_step---> DONE | FAILED | UNDONE       DONE | FAILED ---end_step---> UNDONE
 
@@ -61,7 +62,11 @@ _STEP_CHANGES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation as it stands in the journal; times in seconds since 1970."""
+    """An operation as it stands in the journal; times in seconds since 1970.
+
+    One that was postponed is QUEUED with `not_before`, and with the `error` and `result` of its last
+    attempt; `started_at` is the first attempt's.
+    """
 
     id: str
     kind: str
@@ -77,6 +82,7 @@ class Operation:
     queued_at: float
     started_at: float | None
     ended_at: float | None
+    not_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,19 @@ class Journal:
     def claim(self, allowed: Callable[[Operation], bool] | None = None) -> Operation | None:
         """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none.
 
+        Postponed ones do not count before their time.
+
         `allowed`, if given, can pass over operations that must wait for something else.
         """
         running = operations.alias("running")
         blocked = sa.exists().where(
             running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
         )
+        now = self._session.now()
+        due = sa.func.coalesce(operations.c.not_before, 0.0) <= now
         query = (
             sa.select(operations)
-            .where(operations.c.state == OperationState.QUEUED, ~blocked)
+            .where(operations.c.state == OperationState.QUEUED, ~blocked, due)
             .order_by(operations.c.sequence)
         )
         # Looking first costs no write transaction when there is nothing to do.
@@ -156,7 +166,11 @@ class Journal:
             connection.execute(
                 operations.update()
                 .where(operations.c.id == chosen.id)
-                .values(state=OperationState.RUNNING, started_at=self._session.now())
+                .values(
+                    state=OperationState.RUNNING,
+                    started_at=sa.func.coalesce(operations.c.started_at, now),
+                    not_before=None,
+                )
             )
             return _get(connection, chosen.id)
 
@@ -178,6 +192,27 @@ class Journal:
                 .where(operations.c.id == operation_id)
                 .values(
                     state=state, result=_dump(result or {}), error=_text(error), ended_at=self._session.now()
+                )
+            )
+            return _get(connection, operation_id)
+
+    def postpone(
+        self, operation_id: str, wait_s: float, *, result: Mapping[str, Any], error: str
+    ) -> Operation:
+        """Put a RUNNING operation back into the queue for `wait_s`; `Conflict` if it does not run.
+
+        `result` and `error` are those of the attempt that has failed.
+        """
+        with self._session.write() as connection:
+            _require_running(connection, operation_id)
+            connection.execute(
+                operations.update()
+                .where(operations.c.id == operation_id)
+                .values(
+                    state=OperationState.QUEUED,
+                    not_before=self._session.now() + wait_s,
+                    result=_dump(result),
+                    error=_text(error),
                 )
             )
             return _get(connection, operation_id)

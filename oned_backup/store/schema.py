@@ -97,6 +97,7 @@ operations = sa.Table(
     sa.Column("queued_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("ended_at", sa.Float),
+    sa.Column("not_before", sa.Float),
     sa.Index("operations_by_state", "state", "sequence"),
     sa.Index("operations_by_vm", "vm_id", "sequence"),
     sa.Index(

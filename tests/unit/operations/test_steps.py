@@ -76,7 +76,7 @@ def test_the_guest_is_helped_before_the_store_is_cleaned() -> None:
 def test_a_defined_domain_keeps_its_files() -> None:
     table = transitions(KINDS["restore"].steps)
     assert table["undo:DEFINE", Event.ERROR] == FAILED
-    assert table["undo:DEFINE", Event.OK] == "undo:PLACE"
+    assert table["undo:DEFINE", Event.OK] == "undo:PREPARE"
 
 
 @pytest.mark.parametrize(

@@ -273,3 +273,31 @@ class JournalMachine(RuleBasedStateMachine):
 
 TestJournalMachine = JournalMachine.TestCase
 TestJournalMachine.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+
+
+def test_a_postponed_operation_waits_its_time_and_holds_nothing(store: Store) -> None:
+    first = store.journal.enqueue("backup", "vm:1", {})
+    second = store.journal.enqueue("restore", "vm:1", {})
+    claimed = store.journal.claim()
+    assert claimed is not None
+    assert claimed.id == first.id
+    waiting = store.journal.postpone(first.id, 3600, result={"attempts": 1}, error="{}")
+    assert waiting.state is OperationState.QUEUED
+    assert waiting.not_before is not None
+    other = store.journal.claim()
+    assert other is not None
+    assert other.id == second.id
+    store.journal.finish(second.id, OperationState.DONE)
+    assert store.journal.claim() is None
+    assert store.journal.request_cancel(first.id).state is OperationState.CANCELLED
+
+
+def test_a_postponed_operation_goes_on_as_it_was(store: Store) -> None:
+    operation = store.journal.enqueue("backup", "vm:1", {})
+    first = store.journal.claim()
+    assert first is not None
+    store.journal.postpone(operation.id, 0, result={"attempts": 1}, error="{}")
+    again = store.journal.claim()
+    assert again is not None
+    assert (again.id, again.started_at, again.not_before) == (operation.id, first.started_at, None)
+    assert again.result == {"attempts": 1}
