@@ -38,7 +38,7 @@ if [ "$n" -gt 0 ]; then
 fi
 "$@" <&4 3<&- 4<&- & c=$!
 (while read -r _ <&3; do :; done; kill 0) >/dev/null 2>&1 & w=$!
-wait "$c"; r=$?; wait "$c"; kill "$w"; exit "$r"
+wait "$c"; r=$?; while kill -0 "$c" 2>/dev/null; do wait "$c"; done; kill "$w" 2>/dev/null; exit "$r"
 """
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab import Guest, data_disk, root_disk, wait_for
+from lab import Guest, wait_for
 
 from oned_backup.transfer import deadman
 
@@ -45,50 +45,43 @@ def is_frozen(guest: Guest) -> bool:
     return bool(guest.agent("guest-fsfreeze-status") == "frozen")
 
 
-def test_a_guest_that_stays_frozen_is_thawed(guest: Guest, protect: Callable[..., Path]) -> None:
+def test_a_guest_that_stays_frozen_or_suspended_goes_on(guest: Guest, protect: Callable[..., Path]) -> None:
     directory = protect(guest, freeze_s=0)
     guest.agent("guest-fsfreeze-freeze")
     assert is_frozen(guest)
     (directory / "frozen").touch()
     wait_for("thaw", lambda: not is_frozen(guest), 60)
     assert not (directory / "frozen").exists()
-
-
-def test_a_guest_that_stays_suspended_goes_on(guest: Guest, protect: Callable[..., Path]) -> None:
-    directory = protect(guest, freeze_s=0)
     guest.suspend()
     (directory / "suspended").touch()
     (directory / "frozen").touch()
     wait_for("the guest to go on", lambda: not guest.is_paused(), 60)
 
 
-def test_when_nobody_is_left_the_job_ends_and_all_goes(
-    make_guest: Callable[..., Guest],
-    protect: Callable[..., Path],
-    tmp_path: Path,
+def test_when_nobody_is_left_our_job_ends_and_all_goes(
+    guest: Guest, protect: Callable[..., Path], short_dir: Path, tmp_path: Path
 ) -> None:
-    guest = make_guest([root_disk(tmp_path), data_disk(tmp_path, 16)])
-    directory = protect(guest, tmp_path, lost_s=3600)
-    xml = f"""<domainbackup mode='pull'><server transport='unix' socket='{directory}/nbd.sock'/>
-      <disks><disk name='vda' backup='yes' type='file'><scratch file='{tmp_path}/{PREFIX}vda.scratch'/></disk>
-      <disk name='vdb' backup='no'/></disks></domainbackup>"""
-    guest.domain.backupBegin(xml, None, 0)
-    assert guest.has_backup_job()
+    begin_job(guest, short_dir / "other.sock", tmp_path / "other.scratch")
+    directory = protect(guest, tmp_path)
+    os.utime(directory / "alive", (0, 0))
+    wait_for("its end", lambda: not directory.exists(), 60)
+    assert guest.has_backup_job()  # somebody else's
+    guest.domain.abortJob()
+    wait_for("end of the other job", lambda: not guest.has_backup_job(), 30)
+
+    directory = protect(guest, tmp_path)
+    begin_job(guest, directory / "nbd.sock", tmp_path / f"{PREFIX}vda.scratch")
     os.utime(directory / "alive", (0, 0))
     wait_for("end of the job", lambda: not guest.has_backup_job(), 60)
     wait_for("removal", lambda: not directory.exists(), 60)
     assert list(tmp_path.glob(f"{PREFIX}*")) == []
 
 
-def test_a_job_of_somebody_else_is_left_alone(
-    guest: Guest, protect: Callable[..., Path], short_dir: Path, tmp_path: Path
-) -> None:
-    xml = f"""<domainbackup mode='pull'><server transport='unix' socket='{short_dir}/other.sock'/>
-      <disks><disk name='vda' backup='yes' type='file'><scratch file='{tmp_path}/other.scratch'/></disk>
-      </disks></domainbackup>"""
-    guest.domain.backupBegin(xml, None, 0)
-    directory = protect(guest, tmp_path)
-    os.utime(directory / "alive", (0, 0))
-    wait_for("its end", lambda: not directory.exists(), 60)
-    assert guest.has_backup_job()
-    guest.domain.abortJob()
+def begin_job(guest: Guest, socket: Path, scratch: Path) -> None:
+    guest.domain.backupBegin(
+        f"""<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>
+        <disk name='vda' backup='yes' type='file'><scratch file='{scratch}'/></disk>
+        </disks></domainbackup>""",
+        None,
+        0,
+    )
