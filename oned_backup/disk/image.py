@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from oned_backup.disk.checksums import Checksums
-from oned_backup.disk.compressed import CompressedImage
 from oned_backup.disk.layout import Layout
 from oned_backup.disk.nbdsource import NbdSource
 from oned_backup.disk.onepass import OnePass
 from oned_backup.disk.source import Source
 from oned_backup.disk.spans import CLUSTER, Spans
+
+if TYPE_CHECKING:
+    from oned_backup.disk.compressed import CompressedImage
 
 
 def open_export(socket: str, export: str, *, dirty_bitmap: str = "") -> VirtualImage:
@@ -43,6 +46,8 @@ class VirtualImage(OnePass):
 
     def compressed(self, level: int) -> CompressedImage:
         """The same disk in a smaller file, which can be streamed only; the source goes over to it."""
+        from oned_backup.disk.compressed import CompressedImage  # noqa: PLC0415 - others need no zstd
+
         return CompressedImage(self._source, self.layout, level, checksums=self._with_checksums)
 
     def pread(self, offset: int, length: int) -> bytes:
