@@ -423,13 +423,17 @@ class Bench:
 
 
 def tree(path: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Everything below a directory: mode, size, change time and content by relative name."""
+    """Everything below a directory: mode, size, change time and content by relative name.
+
+    Directories without times: a lock that was there meanwhile is no change.
+    """
     found = {}
     for entry in sorted(path.rglob("*")):
         status = entry.lstat()
         content = entry.read_bytes() if entry.is_file() and not entry.is_symlink() else b""
         name = os.fsdecode(entry.relative_to(path))
-        found[name] = (status.st_mode, status.st_size, status.st_mtime_ns, content)
+        changed_ns = 0 if entry.is_dir() else status.st_mtime_ns
+        found[name] = (status.st_mode, 0 if entry.is_dir() else status.st_size, changed_ns, content)
     return found
 
 
