@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab import Libvirtd
 
-from tests.bench import backups, files, limits, restores
+from tests.bench import backups, files, limits, remote, restores
 from tests.bench.machines import build_disk, spread
 from tests.bench.product import ROOT
 from tests.bench.table import Row, publish
@@ -67,6 +67,7 @@ def main() -> int:
         rows += restores.measure(directory, libvirtd, template, data, increments, arguments.runs)
         rows += files.measure(directory, template, data, increments, arguments.runs)
         rows += limits.measure(directory, full=not arguments.quick)
+    rows += remote.measure(data, percents, arguments.runs)
     size = f"{virtual // GIB} GiB disk, {data.allocated >> 20} MiB of data"
     publish(rows, ROOT / "build" / "bench.json", f"{size}; medians of {arguments.runs}; {_machine()}")
     print(f"{time.monotonic() - started:.0f} s")

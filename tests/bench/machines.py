@@ -92,13 +92,14 @@ class Machine:
         """Overwrite that share of the data's clusters, through QEMU, at random; the bytes written."""
         clusters = data.clusters()
         chosen = random.Random(seed).sample(clusters, max(1, int(len(clusters) * percent / 100)))
-        device = self._device()
+        device, noise = self._device(), self.directory / "noise"
         for number, offset in enumerate(sorted(chosen)):
-            complaint = self._monitor(
-                f'qemu-io -d {device} "write -q -P {1 + (seed + number) % 255} {offset} {CLUSTER}"'
-            )
+            # no two alike, so that a store that deduplicates has something to store
+            noise.write_bytes(random.Random(f"{seed}.{number}").randbytes(CLUSTER))
+            complaint = self._monitor(f'qemu-io -d {device} "write -q -s {noise} {offset} {CLUSTER}"')
             if complaint.strip():
                 raise RuntimeError(f"write at {offset}: {complaint}")
+        noise.unlink()
         return len(chosen) * CLUSTER
 
     def remove(self) -> None:
