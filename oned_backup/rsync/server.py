@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -19,6 +20,7 @@ from oned_backup.sdk.ssh import failed, remote_run, ssh_argv
 
 #: making the data of a backup durable may take its time
 _TIMEOUT_S = 3600.0
+_BEAT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,16 @@ class Prepared:
 
 
 class Server:
-    """The account on the server. `images`: how many backups the daemon knows there."""
+    """The account on the server.
 
-    def __init__(self, settings: Settings, *, images: int) -> None:
+    `images`: how many backups the daemon knows there; `alive` is called now and then
+    while the server works, which it may do for long without a word.
+    """
+
+    def __init__(self, settings: Settings, *, images: int, alive: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
         self._images = str(images)
+        self._alive = alive
 
     def space(self) -> Space:
         """How full it is; `Unavailable` for a store that is not there."""
@@ -80,7 +87,8 @@ class Server:
                 with suppress(BrokenPipeError), process.stdin as stdin:
                     for chunk in chunks:
                         stdin.write(chunk)
-                process.wait()
+                with _beating(self._alive):
+                    process.wait()
             finally:
                 if process.poll() is None:
                     process.terminate()
@@ -112,7 +120,9 @@ class Server:
     def _ask(self, verb: str, *arguments: str, stdin: bytes = b"") -> list[tuple[str, str]]:
         argv = self._argv(verb, *arguments)
         target = self.settings.target
-        return self._answers(remote_run(target, argv, stdin=stdin, timeout_s=_TIMEOUT_S, check=False))
+        with _beating(self._alive):
+            done = remote_run(target, argv, stdin=stdin, timeout_s=_TIMEOUT_S, check=False)
+        return self._answers(done)
 
     def _argv(self, verb: str, *arguments: str) -> list[str]:
         return ["sh", "-c", _script(), "sh", verb, self.settings.base, *arguments]
@@ -128,6 +138,23 @@ class Server:
         if done.returncode != 0:
             raise _explain(self.settings.target, done.returncode, done.last_words)
         return answers
+
+
+@contextmanager
+def _beating(alive: Callable[[], None]) -> Iterator[None]:
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(_BEAT_S):
+            alive()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @cache

@@ -15,7 +15,7 @@ from oned_backup.errors import NotFound
 from oned_backup.model.manifest import Manifest
 from oned_backup.rsync.arguments import settings_from
 from oned_backup.rsync.server import Server
-from oned_backup.sdk import Answer, Call, restore_points
+from oned_backup.sdk import Answer, Call, Level, restore_points
 from oned_backup.sdk.folder_store import (
     FolderStore,
     finished_name,
@@ -97,7 +97,11 @@ def _server(call: Call) -> Server:
     settings = settings_from(call.parameters, call.base_path)
     for warning in settings.warnings:
         call.warn(warning)
-    return Server(settings, images=1 if images_are_known(call) else 0)
+    return Server(
+        settings,
+        images=1 if images_are_known(call) else 0,
+        alive=lambda: call.log(f"{settings.target} is at work", Level.DEBUG),
+    )
 
 
 def _send(call: Call, open_files: Callable[[], BackupFiles]) -> Manifest | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from oned_backup.errors import (
@@ -115,3 +117,15 @@ def test_what_a_login_shell_prints_is_passed_over(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("oned_backup.rsync.server.remote_run", lambda *_, **__: done)
     prepared = Server(Settings("u", "b", "/b"), images=0).prepare("7", "x")
     assert (prepared.finished, prepared.partial, prepared.space.free) == (False, {"disk.0.0": 12}, 40)
+
+
+def test_a_server_that_works_for_long_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    beaten = threading.Event()
+
+    def slow(*_: object, **__: object) -> Completed:
+        assert beaten.wait(30), "nobody said that it is at work"
+        return Completed(("sh",), 0, b"odb begun\nodb space 3 2 1\n", b"")
+
+    monkeypatch.setattr("oned_backup.rsync.server.remote_run", slow)
+    monkeypatch.setattr("oned_backup.rsync.server._BEAT_S", 0.01)
+    assert Server(Settings("u", "b", "/b"), images=0, alive=beaten.set).space().free == 1
