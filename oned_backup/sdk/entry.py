@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -27,6 +28,8 @@ from oned_backup.sdk import failures, log
 from oned_backup.sdk.call import Answer, Call
 
 _ACTION_NAMES = frozenset(name for _, name in ACTIONS)
+#: each layer of each disk has five: a long chain has more than the customary 1024
+_OPEN_FILES = 65536
 
 
 class Driver:
@@ -72,6 +75,7 @@ def main(driver: Driver) -> NoReturn:
     termination = _Termination()
     stdout = os.dup(1)
     os.dup2(2, 1)
+    _allow_open_files()
     action = Path(sys.argv[0]).name
     environ: Mapping[str, str] | None = os.environ
     if os.environ.get("ODB_AHEAD") == "1":
@@ -80,6 +84,14 @@ def main(driver: Driver) -> NoReturn:
     _flush_python_streams()
     # Not sys.exit: a thread that hangs in a dead NBD server must not hold the process.
     os._exit(code)
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (max(hard, _OPEN_FILES), hard):  # the first is for root
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(limit, _OPEN_FILES)), limit))
+            return
 
 
 def _wait_for_environment(driver: Driver, action: str) -> Mapping[str, str] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from oned_backup.contract.request import Backup
 from oned_backup.errors import Conflict, DataCorrupt, DriverFailed, NotFound
+from oned_backup.model.manifest import dump_manifest
 
 GUIDE = (Path(__file__).parents[3] / "share/doc/restore-by-hand.md").read_text()
 IDS = [f"20260101-00000{number}-aaaaaa" for number in range(3)]
@@ -170,3 +173,26 @@ def test_a_parent_that_was_merged_is_found_by_hand(chain, tmp_path):
     argv = ["qemu-img", "convert", "-O", "raw", f"json:{json.dumps(image)}", target]
     subprocess.run(argv, cwd=folder, check=True)
     assert target.read_bytes() == chain.expected[2]
+
+
+def test_a_chain_of_a_hundred_is_read_and_merged_whatever_the_limit_of_open_files(chain):
+    store = chain.store
+    raw = store.manifest(IDS[2]).raw
+    for number in range(3, 100):
+        copied = {**raw, "id": f"20260101-{number:06}-aaaaaa", "increment_id": number}
+        copied["parent_id"] = store.chain[-1]
+        copied["disks"] = [{**raw["disks"][0], "parent_id": store.chain[-1]}]
+        folder = store.path(copied["id"])
+        shutil.copytree(store.path(IDS[2]), folder)
+        (folder / "manifest.json").write_bytes(dump_manifest(copied))
+        store.chain.append(copied["id"])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        assert store.download(store.url(99)) == chain.expected[2]
+        merged = list(store.chain)
+        flatten(store, merged)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    switch(store, merged)
+    assert store.download(store.url(0)) == chain.expected[2]
