@@ -22,6 +22,8 @@ Show = Callable[[JSON], None]
 _WORDS = {
     "PLAN": "planning",
     "PREPARE": "freezing a view of the disks",
+    "restore PREPARE": "making room",
+    "download PREPARE": "making room",
     "STORE": "storing",
     "RECORD": "recording",
     "CLEAN": "cleaning up",
@@ -155,7 +157,8 @@ def _description(view: JSON, step: str) -> str:
         return f"waiting for {blocker['kind']} {blocker['id']}"
     if view.get("not_before"):
         return f"{view['kind']}: waiting to try again: {view['error']['message']}"
-    return f"{view['kind']}: {_WORDS.get(step, step.lower() or 'queued')}"
+    words = _WORDS.get(f"{view['kind']} {step}") or _WORDS.get(step) or step.lower() or "queued"
+    return f"{view['kind']}: {words}"
 
 
 def freeze_text(freeze: JSON) -> str:

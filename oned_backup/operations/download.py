@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,13 @@ def _download(context: Context) -> Mapping[str, Any]:
     if context.arguments.get("salvage"):
         options["SALVAGE"] = "YES"
     descriptor = None
+    place: AbstractContextManager[None] = nullcontext()
     if facts["kind"] == "fifo":
         descriptor = _open_fifo(context, facts["target"])
     elif facts["kind"] == "host":
         (target,) = targets.of(context).values()
         options |= {"TARGET": target.target, "FORMAT": target.format}
+        place = targets.writing_to(context, target)
     else:
         options["TARGET"] = facts.get("partial", facts["target"])
         if "partial" in facts:
@@ -161,7 +163,8 @@ def _download(context: Context) -> Mapping[str, Any]:
     datastore = context.services.datastore(facts["datastore_id"])
     salvaged = ""
     try:
-        context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
+        with place:
+            context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
     except (DataCorrupt, Salvaged) as damage:
         backup_id = parse_url(facts["url"]).backup_id
         found_while_reading(context, backup_id, f"a disk could not be proved by a download: {damage}")

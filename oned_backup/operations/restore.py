@@ -210,7 +210,8 @@ def _download_disk(context: Context, caller: Caller, disk: StoredDisk, target: D
     services = context.services
     image = services.image(context.integer("image_id"))
     try:
-        stored.call_image(services, caller, "download", image, options)
+        with targets.writing_to(context, target):
+            stored.call_image(services, caller, "download", image, options)
     except Salvaged as salvaged:
         return str(salvaged)
     except DataCorrupt as error:

@@ -5,13 +5,14 @@ The facts of the operation have `directory`, and after PREPARE `targets`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Outcome
 from oned_backup.contract.result import document
 from oned_backup.contract.targets import DiskTarget, NewDisk, disks_option, targets_from_xml
-from oned_backup.errors import DriverBug, Unavailable, Unsupported
+from oned_backup.errors import DriverBug, NoSpace, Unavailable, Unsupported
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
 from oned_backup.operations.context import Context
@@ -75,6 +76,19 @@ def prepare(
             hint="Restore to this machine, and copy the files.",
         )
     return {str(target.disk_id): [target.target, target.format] for target in targets.values()}
+
+
+@contextmanager
+def writing_to(context: Context, target: DiskTarget) -> Iterator[None]:
+    """Inside, a full target is named as people know it; its driver sees only the end of a tunnel."""
+    try:
+        yield
+    except NoSpace as error:
+        host = host_of(context)
+        if host is None or not target.is_export:
+            raise
+        place = f"{host.name}:{context.facts['directory']}"
+        raise NoSpace(f"{place}: no space left", hint="Make room there, or use another directory.") from error
 
 
 def remove_all(context: Context) -> None:

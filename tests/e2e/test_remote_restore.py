@@ -169,6 +169,19 @@ def test_a_disk_and_a_whole_point_by_download(backups: Backups) -> None:
     backups.nothing_left()
 
 
+def test_a_full_host_is_named_and_left_clean(backups: Backups) -> None:
+    hv2 = backups.netlab["hv2"]
+    hv2.run(["mkdir", "/srv/small"])
+    hv2.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/srv/small"])
+    try:
+        with pytest.raises(LabError, match=r"exit 73\n.*hv2:/srv/small/vm: no space left"):
+            backups.restore("--host", "hv2", "--to", "/srv/small/vm")
+        backups.nothing_left()
+        assert hv2.run(["ls", "-A", "/srv/small"]).stdout == b""
+    finally:
+        hv2.run(["umount", "/srv/small"])
+
+
 def _begin(backups: Backups) -> str:
     """A restore that moves data slowly."""
     backups.netlab["hv2"].rate("24mbit")
