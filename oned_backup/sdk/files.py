@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
-from oned_backup.contract.exports import DiskExport, Exports
+from oned_backup.contract.exports import BackupType, DiskExport, Exports
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.errors import DriverBug, DriverFailed, InvalidInput, Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
@@ -179,16 +179,25 @@ class BackupFiles:
 
     def _disk(self, disk: DiskExport) -> Iterator[BackupFile]:
         if disk.path:
-            yield self._plain(Path(disk.path), disk.file)
-            blocks = Path(disk.path + BLOCKS_SUFFIX)
-            if blocks.exists():
-                yield self._plain(blocks, disk.file + BLOCKS_SUFFIX)
+            yield from self._staged(disk, Path(disk.path), Path(disk.path + BLOCKS_SUFFIX))
             return
         from oned_backup.disk.image import open_export  # noqa: PLC0415 - staged backups need no NBD
 
         yield from self._image(
             disk.file, open_export(disk.nbd_socket, disk.nbd_export, dirty_bitmap=disk.dirty_bitmap)
         )
+
+    def _staged(self, disk: DiskExport, path: Path, blocks: Path) -> Iterator[BackupFile]:
+        if self._call.zstd_level is not None:
+            from oned_backup.disk.chain import Layer  # noqa: PLC0415 - loads the data engine
+            from oned_backup.disk.merge import open_merged  # noqa: PLC0415
+
+            layer = Layer(path, blocks if blocks.exists() else None, disk.file)
+            yield from self._image(disk.file, open_merged([layer], full=disk.type is BackupType.FULL))
+            return
+        yield self._plain(path, disk.file)
+        if blocks.exists():
+            yield self._plain(blocks, disk.file + BLOCKS_SUFFIX)
 
     def _image(self, name: str, image: VirtualImage) -> Iterator[BackupFile]:
         """The file of a disk and its digests; the image is closed with everything else."""

@@ -137,6 +137,23 @@ def test_delete_forgets_and_removes(stack: Stack) -> None:
     assert (stack.store / ".oned-backup-store").exists()
 
 
+def test_a_datastore_that_compresses(stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    create = ("datastore", "create", "packed", "--driver", "fs", f"BASE_PATH={tmp_path}/packed")
+    refused = stack(*create, "COMPRESSION=gzip")
+    assert refused.code == 2
+    assert "COMPRESSION='gzip' does not fit" in refused.err
+    stack.ok(*create, "COMPRESSION=zstd:1")
+    stack.ok("vm", "backup", "web", "-d", "packed")
+    shown = stack.ok("image", "show", "0", "--json").json["increments"][0]["disks"][0]
+    (stored,) = (tmp_path / "packed").glob("*/*/disk.0.0")
+    assert shown["stored_bytes"] == stored.stat().st_size < shown["uncompressed_bytes"]
+    assert " of " in stack.ok("image", "show", "0").out
+    assert stack.ok("image", "verify", "0").code == 0
+    stack.ok("image", "restore", "0", "--to", str(tmp_path / "out"), "--format", "raw")
+    assert (tmp_path / "out" / "disk.0.raw").read_bytes() == stack.disk("web").read_bytes()
+
+
 def test_two_vms_are_backed_up_side_by_side(shared: Stack) -> None:
     first = shared.ok("vm", "backup", "web", "--no-wait").out.strip()
     second = shared.ok("vm", "backup", "db", "--no-wait").out.strip()
