@@ -94,14 +94,14 @@ def disk_chain(load: Load, backup_id: str, disk_id: int, known: Collection[str] 
     chain = [manifest]
     while disk.type != BackupType.FULL:
         child, parent_id = chain[-1].id, disk.parent_id
-        if parent_id in {link.id for link in chain}:
-            raise DataCorrupt(f"disk {disk_id}: backup {parent_id} continues itself")
         try:
             manifest = _continued(load, checked_name(parent_id, "parent id"), known)
         except (NotFound, InvalidInput) as error:
             raise DataCorrupt(
                 f"disk {disk_id}: backup {child} continues {parent_id or 'nothing'}, which is not stored"
             ) from error
+        if manifest.id in {link.id for link in chain}:
+            raise DataCorrupt(f"disk {disk_id}: backup {manifest.id} continues itself")
         disk = manifest.disk(disk_id)
         if disk is None:
             raise DataCorrupt(f"disk {disk_id}: backup {child} continues {parent_id}, which does not have it")

@@ -70,6 +70,13 @@ def test_what_only_went_into_a_merge_is_not_stood_for() -> None:
         disk_chain(load_from(M, other), "x", 0, ["m", "x"])
 
 
+@pytest.mark.parametrize("parent_id", ["m", "z"])
+def test_a_backup_that_continues_itself_is_damage(parent_id: str) -> None:
+    odd = stored("m", parent_id, replaces="y z", stands_for="z")
+    with pytest.raises(DataCorrupt, match="backup m continues itself"):
+        disk_chain(load_from(odd, stored("n", "z")), "n", 0, ["m", "n"])
+
+
 def test_a_url_is_good_before_and_after_a_merge_until_its_backups_are_gone() -> None:
     def url(*backup_ids: str) -> DiskUrl:
         chain = tuple(enumerate(backup_ids))
