@@ -118,4 +118,4 @@ def _machine(source_id: str) -> str:
 
 
 def _inode(source_id: str) -> str:
-    return source_id.rpartition(":")[2]
+    return source_id.partition("@")[0].rpartition(":")[2]

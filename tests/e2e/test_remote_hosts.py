@@ -85,6 +85,11 @@ def local_leftovers(machine: Machine) -> list[str]:
     return [line for line in lines if ".ctl" in line or "transfer.guard" in line or "virt-ssh-helper" in line]
 
 
+def nothing_left(netlab: Netlab) -> None:
+    wait_for("end of everything there", lambda: not remote_leftovers(netlab["hv1"]), 30)
+    wait_for("end of everything here", lambda: not local_leftovers(netlab["daemon"]), 30)
+
+
 def tunnels(machine: Machine) -> list[str]:
     return [line for line in local_leftovers(machine) if ".ctl" in line]
 
@@ -105,8 +110,7 @@ def test_a_chain_over_ssh(netlab: Netlab, product: Product, guest_on: Callable[.
     assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
     guest.stop()
     assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
-    assert remote_leftovers(hv1) == []
-    assert local_leftovers(netlab["daemon"]) == []
+    nothing_left(netlab)
     target = netlab["daemon"].own / "restored"
     product.run("image", "restore", "0", "--to", str(target), "--format", "raw")
     for number, disk in enumerate(guest.disks):
@@ -163,8 +167,7 @@ def test_a_cable_that_is_pulled_in_mid_transfer(
     assert done["state"] == "DONE", done["error"]
     assert {entry["attempt"] for entry in done["steps"]} > {1}
     assert not guest.has_backup_job()
-    assert remote_leftovers(hv1) == []
-    wait_for("end of everything here", lambda: not local_leftovers(netlab["daemon"]), 30)
+    nothing_left(netlab)
 
 
 def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
@@ -182,8 +185,7 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
     failed = ended(product, operation)
     assert failed["state"] == "FAILED"
     assert not guest.has_backup_job()
-    wait_for("end of everything there", lambda: not remote_leftovers(hv1), 30)
-    wait_for("end of everything here", lambda: not local_leftovers(netlab["daemon"]), 30)
+    nothing_left(netlab)
     assert guest.shell("echo runs >/data/vdb/runs; cat /data/vdb/runs") == "runs"
 
 

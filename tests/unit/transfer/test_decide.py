@@ -66,7 +66,17 @@ def test_parent_that_made_no_checkpoint() -> None:
         (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/a.qcow2", "/vm/t")), True),
         (replace(NOW, source="/vm/template.qcow2", source_id="1:1", backing=()), True),  # committed
         (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/template.qcow2",)), False),
+        (replace(NOW, source="/copy/a.qcow2", source_id="9:9@hv2", backing=()), True),  # moved: see below
     ],
 )
 def test_the_same_disk(now: Current, same: bool) -> None:
     assert is_same_disk(BEFORE, now) is same
+
+
+def test_on_another_host_the_bitmap_has_the_last_word() -> None:
+    parent = replace(PARENT, disks=(replace(BEFORE, source_id="1:17@fe80::1"),))
+    moved = replace(NOW, source="/copy/a.qcow2", source_id="9:9@hv2", backing=())
+    assert decide(moved, parent, Tracking.USABLE, Reason.RESET).reason is Reason.INCREMENT
+    assert decide(moved, parent, Tracking.MISSING, Reason.RESET).reason is Reason.BITMAP_MISSING
+    replaced = replace(NOW, source_id="1:18@fe80::1")
+    assert decide(replaced, parent, Tracking.USABLE, Reason.RESET).reason is Reason.DISK_REPLACED
