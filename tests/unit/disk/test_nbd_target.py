@@ -11,7 +11,7 @@ import pytest
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
 from oned_backup.disk.target import NbdExport, parse_target
-from oned_backup.errors import InvalidInput, NoSpace, Unavailable
+from oned_backup.errors import DataCorrupt, InvalidInput, NoSpace, Unavailable
 
 from .conftest import Qemu, running
 
@@ -135,3 +135,23 @@ def test_an_export_has_a_name_in_one_piece() -> None:
     ):
         with pytest.raises(InvalidInput, match="neither an absolute path nor"):
             parse_target(text)
+
+
+def test_what_is_lost_is_zero_in_the_export_too(qemu: Qemu, layers: tuple[list[Layer], Path]) -> None:
+    chain, disk = layers
+    damaged = qemu.folder / "damaged"
+    data = bytearray(chain[1].path.read_bytes())
+    data[-1] ^= 1  # the last cluster: 100 KiB at 50 MiB
+    damaged.write_bytes(data)
+    lost = [chain[0], Layer(damaged, chain[1].blocks, "damaged")]
+    target = qemu.folder / "target"
+    qemu.img("create", "-q", "-f", "qcow2", target, str(SIZE))
+    qemu.io(target, f"write -P 0xaa 0 {SIZE}")
+    with served(qemu, target, "qcow2") as export:
+        with pytest.raises(DataCorrupt, match="damaged"):
+            restore_chain(lost, export, format="raw")
+        restored = restore_chain(lost, export, format="raw", salvage=True)
+    ((offset, length),) = restored.salvaged
+    assert 50 * MIB <= offset < offset + length <= 50 * MIB + (128 << 10)
+    qemu.io(disk, f"write -z {offset} {length}")
+    qemu.same(target, "qcow2", disk, "qcow2")
