@@ -80,7 +80,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
             unreadable.append(str(error))
     counting, left_over = without_replaced(found, known)
     chains: dict[tuple[int, str], list[Entry]] = defaultdict(list)
-    merged = {name: m for m, _ in counting if m.replaces for name in (m.id, *m.replaces)}
+    merged = {(m.vm_id, name): m for m, _ in counting if m.replaces for name in (m.id, *m.replaces)}
     for entry in counting:
         chains[entry[0].vm_id, chain_of(entry[0], merged)].append(entry)
     counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
@@ -131,29 +131,32 @@ def without_replaced(entries: Sequence[Entry], known: Collection[str]) -> tuple[
     known = set(known) & {manifest.id for manifest, _ in entries}
     undone = {m.id for m, _ in entries if m.id not in known and known & set(m.replaces)}
     replaced = {
-        name: manifest for manifest, _ in entries if manifest.id not in undone for name in manifest.replaces
+        (manifest.vm_id, name): manifest
+        for manifest, _ in entries
+        if manifest.id not in undone
+        for name in manifest.replaces
     }
     counting, left_over = [], []
     for manifest, text in entries:
         if manifest.id in undone:
             left_over.append(f"backup {manifest.id}: the catalogue has what was merged into it")
-        elif manifest.id in replaced and manifest.id not in known:
-            left_over.append(f"backup {manifest.id}: merged into {replaced[manifest.id].id}")
+        elif (into := replaced.get((manifest.vm_id, manifest.id))) and manifest.id not in known:
+            left_over.append(f"backup {manifest.id}: merged into {into.id}")
         else:
             counting.append((manifest, text))
     return counting, left_over
 
 
-def chain_of(manifest: Manifest, merged: Mapping[str, Manifest]) -> str:
+def chain_of(manifest: Manifest, merged: Mapping[tuple[int, str], Manifest]) -> str:
     """The chain that a backup belongs to.
 
     A backup names the chain by the one that began it when it was made, which may have been merged since.
-    `merged`: the merged backups, by their own ids and by those of what they replace.
+    `merged`: the merged backups, by VM and by their own ids and those of what they replace.
     """
-    chain_id, seen = manifest.chain_id, {""}
-    while chain_id in merged and chain_id not in seen:
+    vm_id, chain_id, seen = manifest.vm_id, manifest.chain_id, {""}
+    while (vm_id, chain_id) in merged and chain_id not in seen:
         seen.add(chain_id)
-        chain_id = merged[chain_id].chain_id
+        chain_id = merged[vm_id, chain_id].chain_id
     return chain_id
 
 

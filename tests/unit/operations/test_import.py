@@ -129,6 +129,14 @@ def test_the_catalogue_decides_about_a_merge_that_was_not_recorded(world: World)
     assert [row.backup_id for row in world.services.store.backups()] == ["b0", "b1", "b2"]
 
 
+def test_a_backup_replaces_nothing_of_another_vm(world: World) -> None:
+    other = {"id": 9, "name": "db", "uuid": "9a1c2b3d-0000-4000-8000-000000000009"}
+    stranger = merged(2, ["b0"], backup_id="n", vm=other, chain_id="n")
+    done = imported(world, manifest("b0", 0), stranger)
+    assert done.state is OperationState.DONE, done.error
+    assert {row.backup_id for row in world.services.store.backups()} == {"b0", "n"}
+
+
 def test_a_chain_stays_one_through_several_merges(world: World) -> None:
     again = merged(3, ["b0", "b1", "m", "b3"], backup_id="n", stands_for=["b3"])
     done = imported(
