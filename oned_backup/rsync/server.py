@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from oned_backup.errors import Conflict, DriverFailed, OnedBackupError, error_for_exit_code
+from oned_backup.errors import DriverFailed, OnedBackupError, error_for_exit_code
 from oned_backup.rsync.arguments import Settings
 from oned_backup.rsync.failures import SSH_FAILED, explain_refusal, kind_of_words
 from oned_backup.sdk.files import Chunk
@@ -177,8 +177,6 @@ def _split(text: str) -> tuple[str, str]:
 def _explain(target: str, code: int, words: str) -> OnedBackupError:
     """The error of the script, or of a program that it ran."""
     kind = error_for_exit_code(code)
-    if kind is DriverFailed:
-        kind = (
-            kind_of_words(words) or Conflict if code == Conflict.exit_code else kind_of_words(words) or kind
-        )
+    if kind is DriverFailed:  # no code of ours: a program has failed and said why
+        kind = kind_of_words(words) or DriverFailed
     return kind(f"{target}: {words or 'no message'} (exit code {code})")
