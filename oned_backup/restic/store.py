@@ -14,8 +14,9 @@ import json
 import os
 import selectors
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ from oned_backup.sdk.mounted import mounted
 from oned_backup.sdk.process import Completed
 
 if TYPE_CHECKING:
-    from oned_backup.sdk.files import BackupFiles
+    from oned_backup.sdk.files import BackupFile, BackupFiles
 
 _HOST = "oned-backup"
 #: less than this on a server that reports "Failure": it is full
@@ -52,6 +53,28 @@ _SIGN_OF_LIFE_S = 30.0
 
 class AlreadyThere(Exception):
     """A finished backup of that id may be there."""
+
+
+class _Held:
+    """Files of a backup whose manifest cannot be read before `let_go`: until then nothing is finished."""
+
+    def __init__(self, files: BackupFiles, asked: Started) -> None:
+        self._files = files
+        #: is finding out whether there is such a backup already
+        self.asked = asked
+        self.let_go = threading.Event()
+
+    @property
+    def files(self) -> Sequence[BackupFile]:
+        return self._files.files
+
+    @property
+    def manifest_bytes(self) -> int:
+        return self._files.manifest_bytes
+
+    def manifest(self) -> BackupFile:
+        self.let_go.wait()
+        return self._files.manifest()
 
 
 class Store:
@@ -218,8 +241,12 @@ class Store:
         top = Path("shown").absolute()
         saved: list[str] = []
         try:
-            with mounted(files, top / str(vm_id) / "backup"):
-                self._run_backup(repo, vm_id, backup_id, asked, saved)
+            held = _Held(files, asked)
+            with mounted(held, top / str(vm_id) / "backup"):
+                try:
+                    self._run_backup(repo, vm_id, backup_id, held, saved)
+                finally:
+                    held.let_go.set()  # restic has ended
             return parse_manifest(b"".join(bytes(chunk) for chunk in files.manifest().chunks()))
         except BaseException as error:
             if not isinstance(error, Cancelled | AlreadyThere):
@@ -228,7 +255,7 @@ class Store:
             raise
 
     def _run_backup(
-        self, repo: Repository, vm_id: int, backup_id: str, asked: Started, saved: list[str]
+        self, repo: Repository, vm_id: int, backup_id: str, held: _Held, saved: list[str]
     ) -> None:
         """Until restic has stored everything; `saved` gets the id of what it saved, whole or not."""
         words = ["backup", "--force", "--json", "--host", _HOST]
@@ -237,7 +264,7 @@ class Store:
         for _ in repo.awaited():
             while True:
                 with repo.start(*words, cwd=Path("shown").absolute()) as storing:
-                    self._follow(asked, storing)
+                    self._follow(held, storing)
                     done = storing.wait()
                 if not (isinstance(error := repo.error(done), NotFound) and done.returncode) or created:
                     break
@@ -253,12 +280,12 @@ class Store:
                 break
         raise error
 
-    def _follow(self, asked: Started, storing: Started) -> None:
-        """Until `storing` has ended; `AlreadyThere` as soon as `asked` has found something.
+    def _follow(self, held: _Held, storing: Started) -> None:
+        """Until `storing` has ended; `AlreadyThere` as soon as `held.asked` has found something.
 
         It is ended if it cannot succeed any more: restic itself tries for a quarter of an hour.
         """
-        looked = 0
+        asked, looked = held.asked, 0
         with selectors.DefaultSelector() as selector:
             selector.register(storing, selectors.EVENT_READ)
             selector.register(asked, selectors.EVENT_READ)
@@ -270,6 +297,7 @@ class Store:
                     if _found(asked.wait()):
                         raise AlreadyThere
                     selector.unregister(asked)
+                    held.let_go.set()
                 storing.stop_if_lost()
                 failures = storing.so_far().stderr.count(b"Failure")
                 if failures > looked and not storing.ended:

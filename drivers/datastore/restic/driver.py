@@ -50,7 +50,10 @@ class ResticDatastore(FolderStore):
         """Store the merged backup beside those that it replaces, as a backup is stored."""
         from oned_backup.sdk.flatten import flattened  # noqa: PLC0415 - loads the data engine
 
+        backup_id = finished_name(call.backup.id)
         with self.open_vm(call, call.vm_id) as folder:
+            if folder.has(backup_id):  # asked again
+                return flattened(call, Manifests(folder)(backup_id))
             return flattened(call, self._stored(call, lambda: merged_files(call, folder)))
 
     def backup_cancel(self, call: Call) -> None:
