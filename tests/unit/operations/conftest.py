@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,7 @@ class World:
         """Queue an operation, claim it, and run it to its end."""
         journal = self.services.store.journal
         ids = {name: arguments.get(name) for name in ("vm_id", "image_id", "datastore_id")}
-        queued = journal.enqueue(kind, f"test-{kind}:0", arguments, **ids)
+        queued = journal.enqueue(kind, f"test:{secrets.token_hex(4)}", arguments, **ids)
         operation = journal.claim(lambda entry: entry.id == queued.id)
         assert operation is not None
         context = Context(self.services, operation, cancellation=cancellation or Cancellation())
@@ -211,6 +213,13 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def world(tmp_path: Path, empty_database: Path) -> Iterator[World]:
     """See `World`."""
+    with new_world(tmp_path, empty_database) as made:
+        yield made
+
+
+@contextmanager
+def new_world(tmp_path: Path, empty_database: Path) -> Iterator[World]:
+    """A world of its own in a directory."""
     settings = Settings(
         state_dir=tmp_path / "state",
         run_dir=tmp_path / "run",

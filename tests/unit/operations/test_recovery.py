@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import subprocess
 import time
 from pathlib import Path
@@ -35,8 +36,8 @@ def killed_in(world: World, action: str, kind: str = "backup", **arguments: int)
     """The id of an operation whose daemon died inside `action`; the world is as its successor finds it."""
     world.drivers.script[action] = [die]
     journal = world.services.store.journal
-    journal.enqueue(kind, "vm:0", arguments, vm_id=0)
-    operation = journal.claim()
+    queued = journal.enqueue(kind, f"test:{secrets.token_hex(4)}", arguments, vm_id=0)
+    operation = journal.claim(lambda entry: entry.id == queued.id)
     assert operation is not None
     with pytest.raises(Died):
         run_operation(KINDS[kind], Context(world.services, operation))
