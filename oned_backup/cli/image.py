@@ -239,7 +239,8 @@ def restore(
 
 def _show_restored(operation: Mapping[str, Any]) -> None:
     result = operation["result"]
-    output.say(f"increment {result['increment_id']} restored in {follow.elapsed(operation)}:")
+    where = f" on {result['host']}" if "host" in result else ""
+    output.say(f"increment {result['increment_id']} restored in {follow.elapsed(operation)}{where}:")
     for path in result["placed"]:
         output.say(f"  {path}")
     for dropped in result.get("dropped", ()):

@@ -83,6 +83,9 @@ def _plan(context: Context) -> Mapping[str, Any]:
         "names": {str(disk_id): name for disk_id, name in names.items()},
         "files": files,
     }
+    host = targets.host_of(context)
+    if host is not None:
+        facts["host"] = host.name
     # Not into the journal: the small files may hold secrets (TPM state, passwords of consoles).
     _keep(context, _PLAN_FILE, xmldoc.serialize(plan.to_xml()))
     return facts | _plan_domain(context, plan, directory, names, image_format)
@@ -119,12 +122,12 @@ def _plan_domain(
     if context.text("name") and name in _taken_names(context, host):
         raise Conflict(f"host {host.name} has a domain '{name}' already", hint="Choose another --name.")
     manifest = stored.manifest_of(context.services, plan.backup_id)
-    targets = {disk.disk_id: disk.target for disk in manifest.disks}
+    device = {disk.disk_id: disk.target for disk in manifest.disks}
     rebuilt = rebuild_domain(
         domain,
         name=name,
         disks={
-            targets[disk.disk_id]: RestoredDisk(str(directory / names[disk.disk_id]), image_format)
+            device[disk.disk_id]: RestoredDisk(str(directory / names[disk.disk_id]), image_format)
             for disk in plan.disks
         },
         allowed_roots=[str(directory)],
@@ -271,7 +274,17 @@ def _keep_if_defined(context: Context) -> None:
 
 
 def _result(context: Context) -> Iterator[tuple[str, Any]]:
-    wanted = ("directory", "backup_id", "increment_id", "format", "placed", "name", "dropped", "deploy_id")
+    wanted = (
+        "directory",
+        "backup_id",
+        "increment_id",
+        "format",
+        "placed",
+        "host",
+        "name",
+        "dropped",
+        "deploy_id",
+    )
     for name in (*wanted, "salvaged"):
         if name in context.facts:
             yield name, context.facts[name]
