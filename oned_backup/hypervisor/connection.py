@@ -22,7 +22,6 @@ from oned_backup.errors import (
     Unsupported,
 )
 from oned_backup.ssh.command import wrapper_path
-from oned_backup.ssh.host_keys import explained
 from oned_backup.ssh.libvirt_uri import LibvirtUri, parse_uri
 
 #: for a libvirt on another machine to answer; ssh itself gives up a dead link before
@@ -114,6 +113,8 @@ def _ssh_failure(place: LibvirtUri, words: str) -> OnedBackupError:
         )
     if words.startswith("virt-ssh-helper"):
         return Unavailable(f"libvirt on {place.machine}: {words.partition(': ')[2]}")
+    from oned_backup.ssh.host_keys import explained  # noqa: PLC0415 - not for hosts that are here
+
     return explained(place.target, words.partition(": Connection reset by peer")[0])
 
 

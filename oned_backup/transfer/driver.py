@@ -7,9 +7,7 @@ the same ones; what is done with them is the same, and stands here.
 from __future__ import annotations
 
 from oned_backup.contract.exports import Exports
-from oned_backup.contract.targets import targets_to_xml
 from oned_backup.sdk import Answer, Call, Driver
-from oned_backup.transfer import restoring
 from oned_backup.transfer.clean import clean_up, undo
 from oned_backup.transfer.live import export_live
 from oned_backup.transfer.off import export_off
@@ -45,14 +43,21 @@ class ImageDriver(Driver):
 
     def pre_restore(self, call: Call) -> Answer:
         """Where to write the disks that are restored."""
+        from oned_backup.contract.targets import targets_to_xml  # noqa: PLC0415
+        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
+
         return {"TARGETS": targets_to_xml(restoring.pre_restore(call.request, call.source_dir))}
 
     def restore(self, call: Call) -> None:
         """What was restored has its names."""
+        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
+
         restoring.restore(call.request)
 
     def post_restore(self, call: Call) -> None:
         """Nothing is left of it but a restore that succeeded."""
+        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
+
         restoring.post_restore(call.request)
 
 
@@ -69,4 +74,3 @@ def _answer(call: Call, exports: Exports) -> Answer:
             undo(task_of(call.request))
             raise
     return {"EXPORTS": exports.to_xml()}
-
