@@ -76,7 +76,8 @@ prepare)                        # IMAGES VM ID: where to put a backup, and what 
         cd -P "$partial" || exit 1
         for file in * .[!.]*; do
             there "$file" || continue
-            if [ "$file" != manifest.json ] && [ -f "$file" ] && [ ! -L "$file" ] && [ -s "$file" ]; then
+            case $file in .* | manifest.json) discard "$file" && continue ;; esac
+            if [ -f "$file" ] && [ ! -L "$file" ] && [ -s "$file" ]; then
                 # Shorter by a byte: rsync proves what it continues, and passes over what has its length.
                 try truncate -s -1 -- "$file"
                 echo "odb file $(stat -c '%s %n' -- "$file")"
