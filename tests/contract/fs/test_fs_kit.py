@@ -34,7 +34,8 @@ def failures(report):
 def test_the_fs_driver_keeps_the_contract():
     report = check_driver(ROOT / "drivers/datastore/fs")
     assert failures(report) == []
-    assert {clause.clause_id for clause in report.having(Status.SKIPPED)} <= {"DS-32", "DS-35", "DS-36"}
+    skipped = {clause.clause_id for clause in report.having(Status.SKIPPED)}
+    assert skipped <= {"DS-32", "DS-35", "DS-36", "DS-46"}
 
 
 @pytest.fixture
