@@ -118,12 +118,12 @@ def test_a_live_lock_is_respected_and_a_dead_one_removed(made, repository, with_
     holder = locked(made, repository)
     try:
         with pytest.raises(Busy, match=f"locked exclusively by PID {holder.pid}"):
-            repository.must("forget", "--tag", "nobody")
+            repository.must("prune")
         assert list((made / "repository/locks").iterdir())
     finally:
         holder.kill()
         holder.wait()
-    repository.must("forget", "--tag", "nobody")
+    repository.must("prune")
     assert not list((made / "repository/locks").iterdir())
 
 
