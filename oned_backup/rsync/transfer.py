@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from oned_backup.errors import Cancelled, NoSpace, OnedBackupError, Unavailable
+from oned_backup.errors import Cancelled, DriverBug, DriverFailed, NoSpace, OnedBackupError, Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.rsync.failures import LOST_CONNECTION, NotTheLink, explain_rsync
@@ -44,6 +44,7 @@ _LONGEST_PAUSE_S = 30.0
 _LAST_S = 10.0
 _LONGEST_S = 14 * 86400.0
 _UNPROVED = "failed verification"
+_MOST_RESTARTS = 2
 
 
 class Transfer:
@@ -58,6 +59,7 @@ class Transfer:
         self._backup_id = backup_id
         self._open_files = open_files
         self._begun = False
+        self._restarts = 0
         self._there_bytes = 0
         self._last_news = time.monotonic()
         self._pause_s = _FIRST_PAUSE_S
@@ -123,9 +125,10 @@ class Transfer:
                         (shown / file.name).read_bytes()
                 return (shown / MANIFEST).read_bytes()
         except OnedBackupError as error:
-            if _UNPROVED in said:
-                self._anew("is damaged, or of another source")
-                raise Unavailable(f"backup {self._backup_id} could not be continued") from error
+            # rsync then wants to read a file again, which `mounted` calls a bug; what the
+            # source says comes first: its errors, too, make files that are not as announced.
+            if _UNPROVED in said and isinstance(error, DriverBug):
+                raise self._differs() from error
             if isinstance(error, Unavailable) and code not in LOST_CONNECTION:
                 raise NotTheLink(error.message, hint=error.hint) from error
             raise
@@ -144,11 +147,18 @@ class Transfer:
             digest = self._server.receive(self._vm, self._backup_id, file.name, there, rest)
             rest.require_whole()
             if digest != rest.digest:
-                self._anew("is damaged, or of another source")
-                raise Unavailable(f"{file.name}: the server does not have what was sent")
+                raise self._differs()
             if file.head_bytes:
                 heads[file.name] = b"".join(file.head())
         return b"".join(files.manifest().chunks()), heads
+
+    def _differs(self) -> OnedBackupError:
+        """Begin anew, but not for ever."""
+        self._restarts += 1
+        if self._restarts > _MOST_RESTARTS:
+            return DriverFailed(f"{self._server.settings.target} has again something else than was sent")
+        self._anew("is damaged, or of another source")
+        return Unavailable(f"backup {self._backup_id} could not be continued")
 
     def _anew(self, why: str) -> Prepared:
         """Throw away what the server has of the backup."""
