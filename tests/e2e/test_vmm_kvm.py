@@ -12,7 +12,7 @@ from backed_up_vm import BackedUpVm
 from lab import Guest, data_disk
 
 from oned_backup import xmldoc
-from oned_backup.errors import DriverFailed, NotFound, Unavailable
+from oned_backup.errors import Conflict, NotFound, Unavailable
 
 pytestmark = pytest.mark.guest
 
@@ -68,7 +68,7 @@ def test_define_with_the_state_of_its_tpm(vm: BackedUpVm, tmp_path: Path) -> Non
         domain = connection.lookupByName("it's restored")
         state = vm.guest.libvirtd.swtpm_dir / domain.UUIDString() / "tpm2" / "tpm2-00.permall"
         assert state.read_bytes() == b"state"
-        with pytest.raises(DriverFailed, match="already"):
+        with pytest.raises(Conflict, match="already"):
             vm.vmm("define", DOMAIN=text)
     finally:
         connection.lookupByName("it's restored").undefine()
