@@ -218,7 +218,8 @@ class Repository:
         """
         directory.mkdir(mode=0o700, exist_ok=True)
         for _ in self.awaited():
-            with self.start("mount", *flags, "--path-template", "%t/%i", str(directory)) as started:
+            mount = self.start("mount", *flags, "--path-template", "%t/%i", str(directory))
+            with _unmounted_after_us(directory), mount as started:
                 if self._wait_for_mount(started, directory):
                     try:
                         yield started
@@ -240,6 +241,22 @@ class Repository:
                 if time.monotonic() > deadline:
                     raise Unavailable(f"{self.location.url}: not mounted after {_MOUNT_S:g} s")
         return False
+
+
+@contextlib.contextmanager
+def _unmounted_after_us(directory: Path) -> Iterator[None]:
+    """A helper in a session of its own takes the mount away when we end, even if we are killed."""
+    helper = subprocess.Popen(
+        ["sh", "-c", 'read -r _; exec fusermount3 -u -z -q -- "$1"', "sh", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        helper.communicate()
 
 
 def explain(location: Location, done: Completed) -> OnedBackupError:
