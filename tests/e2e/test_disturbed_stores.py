@@ -91,9 +91,11 @@ def connections(site: Site) -> set[int]:
     return set(site.netlab["daemon"].processes("ssh", "backup"))
 
 
-def has_noticed(site: Site, operation_id: str, talking: set[int]) -> bool:
-    """Whether those that talked when the link died have given up, be it to be begun again by the driver."""
-    return site.is_troubled(operation_id) or bool(talking and not talking & connections(site))
+def has_noticed(site: Site, operation_id: str, tried: set[int]) -> bool:
+    """Whether a connection, one of `tried` or begun since, was given up."""
+    now = connections(site)
+    tried |= now
+    return site.is_troubled(operation_id) or bool(tried - now)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
@@ -105,9 +107,9 @@ def test_the_cable_is_pulled(site: Site, vm: SiteVm, share: float) -> None:
         running = site.begin(vm)
         if share:
             wait_until_sent(site, vm, before, share)
-        talking = connections(site)
+        tried = connections(site)
         backup.link(up=False)
-        wait_for("notice of the dead link", lambda: has_noticed(site, running.operation_id, talking), 60)
+        wait_for("notice of the dead link", lambda: has_noticed(site, running.operation_id, tried), 120)
     backup.link(up=True)
     assert site.finish(running)["state"] == "DONE", "it is tried again until the link is back"
 
