@@ -42,8 +42,8 @@ class Simulation:
         self.product = Product(directory)
         self.client = Client(self.product.run_dir / "api/daemon.sock")
         self._armed = directory / "armed"
-        #: what the disks held, by backup id
-        self.truth: dict[str, list[bytes]] = {}
+        #: what the disks held, by image and increment
+        self.truth: dict[tuple[int, int], list[bytes]] = {}
         self._restores = itertools.count()
 
     def set_up(self) -> None:
@@ -113,8 +113,8 @@ class Simulation:
         """The type of a new backup, whose truth is kept."""
         self.write()
         result = self.done(self.submit("vms/0/backup", options))
-        self.truth[result["backup_id"]] = self.content()
-        return str(self.point(result["backup_id"])["type"])
+        self.truth[result["image_id"], result["increment_id"]] = self.content()
+        return str(result["type"])
 
     def restore(self, image_id: int, increment_id: int) -> list[bytes]:
         """The disks of a restore point."""
@@ -123,7 +123,31 @@ class Simulation:
         self.done(self.submit(f"images/{image_id}/restore", body))
         return [(target / f"disk.{disk_id}.raw").read_bytes() for disk_id in range(len(SIZES))]
 
+    def flatten(self, increment_id: int) -> str:
+        """The id of the operation that takes an increment out of the newest image."""
+        return self.submit(f"images/{self.newest_image()}?increment_id={increment_id}", method="delete")
+
+    def set(self, **values: str) -> None:
+        """Settings of the VM."""
+        self.client.patch("vms/0/config", {"values": values})
+
+    def settle(self) -> None:
+        """Wait until nothing is queued or running any more."""
+        wait_for("end of all operations", self.is_idle, 60)
+
+    def is_idle(self) -> bool:
+        """Whether the daemon lives, has recovered, and has nothing to do."""
+        return not self._open_operations()
+
     # --- the catalogue
+
+    def operations(self, kind: str) -> list[dict[str, Any]]:
+        """All operations of a kind, newest first."""
+        return [row for row in self.client.get("operations", limit=1000) if row["kind"] == kind]
+
+    def chain(self) -> list[int]:
+        """The increments of the newest image."""
+        return [point["increment_id"] for point in self.points() if point["image_id"] == self.newest_image()]
 
     def images(self) -> list[dict[str, Any]]:
         """All images with their restore points."""
@@ -138,14 +162,10 @@ class Simulation:
         ]
         return sorted(found, key=lambda point: (point["image_id"], point["increment_id"]))
 
-    def point(self, backup_id: str) -> dict[str, Any]:
-        """One restore point."""
-        return next(point for point in self.points() if point["backup_id"] == backup_id)
-
     def learn(self, content: list[bytes]) -> None:
         """A backup whose end nobody has seen, made when the disks held `content`."""
         for point in self.points():
-            self.truth.setdefault(point["backup_id"], content)
+            self.truth.setdefault((point["image_id"], point["increment_id"]), content)
 
     def url(self) -> str:
         """The pseudo-URL of the newest restore point's first disk."""
@@ -160,7 +180,7 @@ class Simulation:
     def wait_recovered(self) -> None:
         """Every operation is over within the time that recovery has, and what it queued again as well."""
         began = time.monotonic()
-        wait_for("end of all operations", lambda: not self._open_operations(), RECOVERY_S + 30)
+        wait_for("end of all operations", self.is_idle, RECOVERY_S + 30)
         assert time.monotonic() - began < RECOVERY_S, "recovery took too long"
 
     def assert_sound(self, *, restore_all: bool = False) -> None:
@@ -171,14 +191,15 @@ class Simulation:
         points = self.points()
         known = {point["backup_id"] for point in points}
         assert {path.name for path in self.store.glob("0/*")} == known, "store and catalogue differ"
-        assert known <= self.truth.keys(), "a backup that nobody has seen finished"
+        keys = {(point["image_id"], point["increment_id"]) for point in points}
+        assert keys <= self.truth.keys(), "a backup that nobody has seen finished"
         assert len(self._checkpoints()) <= len(SIZES)
         wait_for("end of all drivers", lambda: not self._processes(), 10)
         assert list((self.product.state_dir / "work").iterdir()) == []
         assert list(self.product.run_dir.glob("op-*.lock")) == []
         for point in points if restore_all else points[-1:]:
-            restored = self.restore(point["image_id"], point["increment_id"])
-            assert restored == self.truth[point["backup_id"]], f"{point['backup_id']} is another one"
+            key = point["image_id"], point["increment_id"]
+            assert self.restore(*key) == self.truth[key], f"{key} is another one"
 
     def _open_operations(self) -> list[str]:
         try:

@@ -1,5 +1,8 @@
 """SIGKILL for the daemon, a driver or both, at every journal write and around every driver's action.
 
+Continuous integration runs the rows that matter most: death between an intent and its outcome. With
+`--whole-matrix` death comes at every failpoint in every way; `make torture` kills at random times.
+
 Each row: arm the failpoint, ask for the operation, let it die there, start a new daemon, and
 look whether everything holds that must hold: all operations over within 30 s, the
 guest thawed, nothing left behind, every restore point as it was, and the next backup an increment.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,10 @@ ASK: Mapping[str, Callable[[Simulation], str]] = {
     "download": lambda site: site.submit(
         "downloads", {"url": site.url(), "target": str(site.directory / "downloaded")}
     ),
+    "retention": lambda site: site.submit("vms/0/retention"),
 }
+#: what is done for each of them, if it is more than one operation
+OPERATIONS = {"retention": ("retention", "flatten", "remove")}
 
 #: the drivers' actions that a kind of operation takes
 ACTIONS = {
@@ -46,36 +52,44 @@ ACTIONS = {
     "verify": ("fs.verify",),
     "delete": ("fs.rm",),
     "download": ("fs.download",),
+    "retention": ("fs.increment_flatten", "fs.rm"),
 }
 #: further places within an action
 WITHIN = {
     "fs.backup": ("rename.begun", "rename.acted"),
     "fs.rm": ("rename.begun", "rename.acted"),
+    "fs.increment_flatten": ("rename.begun", "rename.acted"),
 }
 #: undos run when the step before them failed: a driver that dies is the cause
 UNDOS = {
-    "backup": (("fs.backup.acted", "undo-STORE"), ("fs.backup.begun", "undo-PREPARE")),
+    "backup": (("fs.backup.acted", "backup.undo-STORE"), ("fs.backup.begun", "backup.undo-PREPARE")),
     "restore": (
-        ("fs.download.acted", "undo-PREPARE"),
-        ("dummy.restore.acted", "undo-PREPARE"),
-        ("dummy.define.acted", "undo-DEFINE"),
+        ("fs.download.acted", "restore.undo-PREPARE"),
+        ("dummy.restore.acted", "restore.undo-PREPARE"),
+        ("dummy.define.acted", "restore.undo-DEFINE"),
     ),
-    "download": (("fs.download.acted", "undo-DOWNLOAD"),),
+    "download": (("fs.download.acted", "download.undo-DOWNLOAD"),),
+    "retention": (("fs.increment_flatten.acted", "flatten.undo-MERGE"),),
 }
+#: actions that are taken beside these operations, and change nothing
+ASIDE = ("fs.monitor",)
+#: these two enclose the effect
+ENCLOSING = ("begun", "acted")
 
 
-def daemon_points(kind: str) -> list[str]:
-    """All failpoints of the daemon in an operation that goes well."""
-    names = [
-        f"{kind}.{step.name}.{moment}"
-        for step in KINDS[kind].steps
-        for moment in ("intend", "begun", "acted", "ended")
+def daemon_points(kind: str, moments: Sequence[str]) -> list[str]:
+    """The failpoints of the daemon in an operation that goes well."""
+    return [
+        f"{name}.{step}.{moment}"
+        for name in OPERATIONS.get(kind, (kind,))
+        for step in (*(step.name for step in KINDS[name].steps), "END")
+        for moment in moments
+        if step != "END" or moment in {"acted", "ended"}
     ]
-    return [*names, f"{kind}.END.acted", f"{kind}.END.ended"]
 
 
 def driver_points(kind: str) -> list[str]:
-    """All failpoints of the drivers."""
+    """The failpoints of the drivers."""
     return [
         f"{action}.{point}"
         for action in ACTIONS[kind]
@@ -83,15 +97,23 @@ def driver_points(kind: str) -> list[str]:
     ]
 
 
-def rows() -> Iterator[tuple[str, str]]:
-    """(kind of operation, what is armed) for the whole matrix."""
+def rows(*, whole: bool) -> Iterator[tuple[str, str]]:
+    """(kind of operation, what is armed)."""
     for kind in ASK:
-        yield from ((kind, f"{point}=kill") for point in daemon_points(kind))
-        for how in ("kill", "kill-parent", "kill-both"):
+        moments = ("intend", "begun", "acted", "ended") if whole else ENCLOSING
+        yield from ((kind, f"{point}=kill") for point in daemon_points(kind, moments))
+        for how in ("kill", "kill-parent", "kill-both") if whole else ("kill-both",):
             yield from ((kind, f"{point}={how}") for point in driver_points(kind))
         for cause, undo in UNDOS.get(kind, ()):
-            for moment in ("begun", "acted", "ended"):
-                yield kind, f"{cause}=kill,{kind}.{undo}.{moment}=kill"
+            for moment in ("begun", "acted", "ended") if whole else ("begun",):
+                yield kind, f"{cause}=kill,{undo}.{moment}=kill"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The rows of the matrix, as many as were asked for."""
+    if "armed" in metafunc.fixturenames:
+        whole = bool(metafunc.config.getoption("--whole-matrix"))
+        metafunc.parametrize(("kind", "armed"), list(rows(whole=whole)))
 
 
 @pytest.fixture(scope="module")
@@ -107,44 +129,83 @@ def site() -> Iterator[Simulation]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("kind", "armed"), list(rows()))
 def test_killed(site: Simulation, kind: str, armed: str) -> None:
     prepare(site, kind)
-    before = {point["backup_id"] for point in site.points()}
+    stay = survivors(site, kind)
     site.arm(armed)
-    operation = ASK[kind](site)
+    ASK[kind](site)
     content = site.content()
-    wait_for("end of it, or of the daemon", lambda: is_over(site, operation), 60)
+    wait_for("end of it, or of the daemon", lambda: site.is_idle() or not site.product.is_running, 60)
     site.arm()
     if not site.product.is_running:
         site.start()
     site.wait_recovered()
     site.learn(content)
-    after = {point["backup_id"] for point in site.points()}
-    if kind != "delete":
-        assert before <= after, "a restore point is lost"
-    finish_deletion(site)
+    assert stay <= keys(site), "a restore point is lost"
+    finish(site, kind)
     site.assert_sound()
     clear(site)
     assert site.backup() == "INCREMENT"
 
 
-def prepare(site: Simulation, kind: str) -> None:
-    """What the operation needs: for a deletion a chain that is not the active one."""
+def test_every_failpoint_is_in_the_matrix(site: Simulation) -> None:
+    log = site.directory / "reached"
+    site.arm(f"*=record:{log}")
+    for kind in ASK:
+        site.arm()
+        prepare(site, kind)
+        site.arm(f"*=record:{log}")
+        ASK[kind](site)
+        site.settle()
+        site.arm()
+        finish(site, kind)
+        clear(site)
+    known = {point for kind in ASK for point in daemon_points(kind, ("intend", "begun", "acted", "ended"))}
+    known |= {point for kind in ASK for point in driver_points(kind)}
+    reached = set(log.read_text().split())
+    assert reached - known == {f"{action}.{point}" for action in ASIDE for point in ENCLOSING}
+    assert known - reached == set()
+
+
+def keys(site: Simulation) -> set[tuple[int, int]]:
+    """All restore points, by image and increment."""
+    return {(point["image_id"], point["increment_id"]) for point in site.points()}
+
+
+def survivors(site: Simulation, kind: str) -> set[tuple[int, int]]:
+    """The restore points that the operation does not take away."""
+    newest = site.newest_image()
     if kind == "delete":
-        if len(site.images()) == 1:
-            assert site.backup(reset=True) == "FULL"
-    elif len(site.points()) > 12:
+        return {key for key in keys(site) if key[0] == newest}
+    if kind == "retention":
+        return {(newest, increment) for increment in site.chain()[-2:]}
+    return keys(site)
+
+
+def prepare(site: Simulation, kind: str) -> None:
+    """What the operation needs: a chain that is not the active one, or one that is long enough."""
+    if len(site.chain()) > 6 or (kind == "delete" and len(site.images()) == 1):
         assert site.backup(reset=True) == "FULL"
+    if kind != "delete":
         for image in site.images()[:-1]:
             site.done(site.submit(f"images/{image['id']}", method="delete"))
+    if kind == "retention":
+        while len(site.chain()) < 4:
+            site.backup()
+        site.set(KEEP_LAST="2")
 
 
-def finish_deletion(site: Simulation) -> None:
-    """A deletion whose driver died is asked for again: until then its image is kept, in state DELETE."""
-    for image in site.images():
-        if image["state"] == "DELETE":
-            site.done(site.submit(f"images/{image['id']}", method="delete"))
+def finish(site: Simulation, kind: str) -> None:
+    """What failed with its driver is asked for again, and then comes to its end."""
+    if kind == "delete":
+        for image in site.images():
+            if image["state"] == "DELETE":
+                site.done(site.submit(f"images/{image['id']}", method="delete"))
+    if kind == "retention":
+        site.done(site.submit("vms/0/retention"))
+        site.settle()
+        assert len(site.chain()) == 2
+        site.set(KEEP_LAST="0")
 
 
 def clear(site: Simulation) -> None:
@@ -158,8 +219,3 @@ def clear(site: Simulation) -> None:
     for domain in site.hypervisor.domains():
         if domain.name != "web":
             (site.hypervisor.root / f"{domain.uuid}.json").unlink()
-
-
-def is_over(site: Simulation, operation: str) -> bool:
-    """Whether the daemon is dead or has ended the operation."""
-    return not site.product.is_running or site.state(operation) in {"DONE", "FAILED", "CANCELLED"}
