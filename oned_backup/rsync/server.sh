@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Runs on the server, given to `sh -c`: everything that changes a store besides rsync itself.
 #
 #     sh -c TEXT sh VERB BASE_PATH ARGUMENT…
