@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench torture format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ check: setup ## linters, types, layers
 bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
 	@share/setup.sh lab bench
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.bench $(if $(QUICK),--quick)
+
+torture: setup ## kill daemon and drivers at random moments (MINUTES=10 SEED=…)
+	@PYTHONPATH=share/lab $(PYTHON) -m tests.faults.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 format: setup ## rewrite the code in the project's format
 	@$(PYTHON) -m ruff check --fix .

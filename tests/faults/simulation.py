@@ -194,7 +194,7 @@ class Simulation:
         keys = {(point["image_id"], point["increment_id"]) for point in points}
         assert keys <= self.truth.keys(), "a backup that nobody has seen finished"
         assert len(self._checkpoints()) <= len(SIZES)
-        wait_for("end of all drivers", lambda: not self._processes(), 10)
+        wait_for("end of all drivers", lambda: not self.drivers(), 10)
         assert list((self.product.state_dir / "work").iterdir()) == []
         assert list(self.product.run_dir.glob("op-*.lock")) == []
         for point in points if restore_all else points[-1:]:
@@ -227,7 +227,7 @@ class Simulation:
             for path in Path(disk.source).parent.glob(f"{Path(disk.source).name}.*")
         ]
 
-    def _processes(self) -> list[int]:
+    def drivers(self) -> list[int]:
         """The drivers of our daemons that live."""
         found = []
         for process in Path("/proc").iterdir():
