@@ -59,6 +59,7 @@ from oned_backup.operations import inventory, record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
+from oned_backup.operations.delete import removed_later
 from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock
@@ -317,8 +318,9 @@ def _discard(context: Context) -> None:
         "backup": plan.backup(plan.backup_id),
         "vm": services.vm(plan.vm_id).element,
     }
-    context.caller.datastore("backup_cancel", datastore, **sections)
-    context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
+    with removed_later(services, plan.image_id, plan.backup_id):
+        context.caller.datastore("backup_cancel", datastore, **sections)
+        context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
 
 
 def _clean(context: Context, outcome: Outcome) -> None:

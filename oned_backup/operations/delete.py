@@ -22,13 +22,14 @@ the notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from oned_backup.errors import Cancelled, Conflict, OnedBackupError
+from oned_backup.errors import Cancelled, Conflict, NotFound, OnedBackupError
 from oned_backup.model.datastore import Datastore, without_image
 from oned_backup.model.image import Image, ImageState, with_state
-from oned_backup.model.pruning import pinned, to_remove, with_cut, without_to_remove
+from oned_backup.model.pruning import pinned, to_remove, with_cut, with_to_remove, without_to_remove
 from oned_backup.model.vm import Vm, with_config, without_backup
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
@@ -81,6 +82,23 @@ def queue_removal(tx: Transaction, vm_id: int, image_ids: Sequence[int]) -> Oper
     arguments = {"vm_id": vm_id, "image_ids": list(image_ids)}
     image_id = image_ids[0] if len(image_ids) == 1 else None
     return tx.journal.enqueue("remove", removal_lock(vm_id), arguments, vm_id=vm_id, image_id=image_id)
+
+
+@contextmanager
+def removed_later(services: Services, image_id: int | None, backup_id: str) -> Iterator[None]:
+    """Inside, a backup of no use is discarded. If that fails, it is removed with what else is to go.
+
+    What is left in a store would keep its parent there, too.
+    """
+    try:
+        yield
+    except Exception:
+        with suppress(NotFound):
+            if image_id is not None:
+                services.store.change(
+                    "image", image_id, lambda element: with_to_remove(Image(element), [backup_id]).element
+                )
+        raise
 
 
 def _choose(context: Context) -> Mapping[str, Any]:

@@ -38,12 +38,14 @@ from oned_backup.model.image import Image
 from oned_backup.model.increments import Increment
 from oned_backup.model.manifest import Manifest, dump_manifest, parse_manifest
 from oned_backup.model.pruning import pinned, run_of, with_merged
+from oned_backup.model.retention import Merge
 from oned_backup.model.vm import Vm, with_config
 from oned_backup.operations import inventory, stored
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import mark_broken
-from oned_backup.operations.delete import queue_removal
+from oned_backup.operations.delete import queue_removal, removed_later
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.retention import refuse_kept
 from oned_backup.operations.services import new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.store import Backup as RestorePoint
@@ -83,6 +85,8 @@ def _plan(context: Context) -> Mapping[str, Any]:
     increment_ids = tuple(int(number) for number in context.arguments["increment_ids"])
     rows = {row.backup_id: row for row in services.store.backups(image_id=image.id)}
     run = checked_run(image, increment_ids, rows)
+    with services.store.transaction() as tx:
+        _refuse_kept(context, tx, image, increment_ids)
     datastore = services.datastore(image.datastore_id)
     driver = services.driver(Kind.DATASTORE, datastore.ds_mad)
     if not driver.supports(_ACTION):
@@ -127,6 +131,12 @@ def checked_run(
             hint=f"Unpin it with `oned-backup image unpin {image.id} --increment {held[0]}`.",
         )
     return run
+
+
+def _refuse_kept(context: Context, tx: Transaction, image: Image, increment_ids: Sequence[int]) -> None:
+    """`Conflict` if the settings of retention asked for the merge, and do not any more."""
+    if context.arguments.get("by_settings"):
+        refuse_kept(context.services, tx, image.vm_id, Merge(image.id, tuple(increment_ids)))
 
 
 def _check_room(context: Context, run: Sequence[Increment], rows: Mapping[str, RestorePoint]) -> None:
@@ -269,8 +279,9 @@ def _discard(context: Context) -> None:
     plan = _plan_of(context)
     datastore = context.services.datastore(plan.datastore_id)
     sections = _sections(context, plan)
-    context.caller.datastore("backup_cancel", datastore, **sections)
-    context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
+    with removed_later(context.services, plan.image_id, plan.backup_id):
+        context.caller.datastore("backup_cancel", datastore, **sections)
+        context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
 
 
 def _switch(context: Context, tx: Transaction) -> Mapping[str, Any]:
@@ -280,6 +291,7 @@ def _switch(context: Context, tx: Transaction) -> Mapping[str, Any]:
     run = checked_run(image, plan.increment_ids, rows)
     if tuple(increment.source for increment in run) != plan.merge_ids:
         raise Conflict(f"image {image.id}: its chain was changed meanwhile")
+    _refuse_kept(context, tx, image, plan.increment_ids)
     size_mb = int(context.facts["size_mb"])
     merged = with_merged(image, plan.increment_ids, source=plan.backup_id, size_mb=size_mb)
     tx.change("image", image.id, lambda _old: merged.element)

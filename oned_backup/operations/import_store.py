@@ -30,6 +30,7 @@ from oned_backup.model.document import Owner
 from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.pruning import to_remove
 from oned_backup.model.vm import (
     DomainState,
     LcmState,
@@ -78,7 +79,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
             found.append((parse_manifest(text), text))
         except DataCorrupt as error:
             unreadable.append(str(error))
-    counting, left_over = without_replaced(found, known)
+    counting, left_over = without_replaced(found, known, going(tx))
     chains: dict[tuple[int, str], list[Entry]] = defaultdict(list)
     merged = {(m.vm_id, name): m for m, _ in counting if m.replaces for name in (m.id, *m.replaces)}
     for entry in counting:
@@ -122,11 +123,18 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
     return {vm.uuid for entry in tx.find("vm") if (vm := Vm(entry.element)).id in ids}
 
 
-def without_replaced(entries: Sequence[Entry], known: Collection[str]) -> tuple[list[Entry], list[str]]:
-    """The backups that count, and what is said of those that are left over from merges.
+def going(tx: Transaction) -> frozenset[str]:
+    """The ids of the backups that the catalogue has given up, and that are still to go from a store."""
+    return frozenset(name for entry in tx.find("image") for name in to_remove(Image(entry.element)))
+
+
+def without_replaced(
+    entries: Sequence[Entry], known: Collection[str], given_up: Collection[str] = ()
+) -> tuple[list[Entry], list[str]]:
+    """The backups that count, and what is said of those that are left over.
 
     `known`: the ids of the catalogue. What it has and the store too stays; else a merged backup wins
-    over what it replaces.
+    over what it replaces. What is `given_up` would be removed under the feet of who brought it back.
     """
     known = set(known) & {manifest.id for manifest, _ in entries}
     undone = {m.id for m, _ in entries if m.id not in known and known & set(m.replaces)}
@@ -142,6 +150,8 @@ def without_replaced(entries: Sequence[Entry], known: Collection[str]) -> tuple[
             left_over.append(f"backup {manifest.id}: the catalogue has what was merged into it")
         elif (into := replaced.get((manifest.vm_id, manifest.id))) and manifest.id not in known:
             left_over.append(f"backup {manifest.id}: merged into {into.id}")
+        elif manifest.id in given_up and manifest.id not in known:
+            left_over.append(f"backup {manifest.id}: it is to be removed")
         else:
             counting.append((manifest, text))
     return counting, left_over

@@ -7,18 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
-from oned_backup.errors import DriverBug
+from oned_backup.errors import Busy, DriverBug
 from oned_backup.model import datastore as datastores
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, next_increment
-from oned_backup.model.manifest import Manifest
+from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.model.vm import Vm, with_backup, with_config
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.context import Context
 from oned_backup.operations.stored import recorded
-from oned_backup.store import Backup, Store, Transaction
+from oned_backup.store import Backup, BackupState, Store, Transaction
 
 
 def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
@@ -60,10 +60,22 @@ def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
 def _add_increment(tx: Transaction, plan: BackupPlan, exports: Exports, size_mb: int) -> tuple[int, int]:
     stored = tx.get("image", plan.image_id or 0)
     image = Image(stored.element)
+    _require_parent(tx, image, plan)
     increment = next_increment(image.increments, date=plan.date, size_mb=size_mb, source=plan.backup_id)
     changed = with_increment(image, increment, [disk.disk_id for disk in exports.disks])
     tx.update("image", image.id, stored.version, changed.element)
     return image.id, increment.id
+
+
+def _require_parent(tx: Transaction, image: Image, plan: BackupPlan) -> None:
+    """`Busy` unless the chain still ends with the parent, and that is good: a merge may have met damage."""
+    last = image.increments[-1] if image.is_ready and image.increments else None
+    row = next((row for row in tx.backups(image_id=image.id) if last and row.backup_id == last.source), None)
+    if row is not None and row.state is BackupState.GOOD and row.increment_id + 1 == plan.increment_id:
+        manifest = parse_manifest(row.manifest, what=f"backup {row.backup_id}")
+        if plan.parent_id in (manifest.id, *manifest.stands_for):
+            return
+    raise Busy(f"image {image.id}: backup {plan.parent_id} is damaged or gone: it cannot be continued")
 
 
 def _add_image(

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oned_backup.contract.actions import Kind
-from oned_backup.errors import NotFound
+from oned_backup.errors import Conflict, NotFound
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import pinned, to_remove
-from oned_backup.model.retention import Merge, Point, RetentionPlan, Verdict, plan_retention
+from oned_backup.model.retention import Fate, Merge, Point, RetentionPlan, Verdict, plan_retention
 from oned_backup.model.vm import Vm
 from oned_backup.operations.context import Context
 from oned_backup.operations.delete import cut_off, mark_image, queue_removal
@@ -50,9 +50,25 @@ def verdicts_view(plan: RetentionPlan) -> list[dict[str, Any]]:
     return [_view(verdict) for verdict in plan.verdicts]
 
 
+def refuse_kept(services: Services, tx: Transaction, vm_id: int, merge: Merge) -> None:
+    """`Conflict` if a point that is to be merged into a later one is to be kept by now.
+
+    Settings change, and what was found damaged meanwhile does not count any more.
+    """
+    for verdict in look(services, tx, vm_id).verdicts:
+        image_id, number = verdict.point.key
+        if image_id == merge.image_id and number in merge.increment_ids[:-1] and verdict.fate is Fate.KEPT:
+            raise Conflict(f"increment {number} of image {image_id} is to be kept: {verdict.reasons[0]}")
+
+
 def queue_flatten(tx: Transaction, vm_id: int, merge: Merge) -> Operation:
-    """Queue the merge of a run of increments."""
-    arguments = {"vm_id": vm_id, "image_id": merge.image_id, "increment_ids": list(merge.increment_ids)}
+    """Queue the merge of a run of increments; it is carried out only if the settings still want it."""
+    arguments = {
+        "vm_id": vm_id,
+        "image_id": merge.image_id,
+        "increment_ids": list(merge.increment_ids),
+        "by_settings": True,
+    }
     return tx.journal.enqueue(
         "flatten", retention_lock(vm_id), arguments, vm_id=vm_id, image_id=merge.image_id
     )

@@ -17,6 +17,7 @@ from oned_backup.model.manifest import dump_manifest, parse_manifest
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.pruning import pinned, to_remove, with_pin
 from oned_backup.operations.context import Context
+from oned_backup.operations.damage import mark_broken
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.inventory import configure_vm
 from oned_backup.operations.kinds import KINDS
@@ -81,7 +82,7 @@ def test_the_full_backup_and_two_increments_become_one(world: World, chain: list
     assert image.source == chain[0]
     assert to_remove(image) == tuple(chain[:3])
     (request,) = world.drivers.requests("increment_flatten")
-    assert request.options == {"MERGE_IDS": ",".join(chain[:3])}
+    assert request.options == {"MERGE_IDS": ",".join(chain[:3]), "NEW_ID": "YES"}
     assert request.backup is not None
     assert (request.backup.id, request.backup.increment_id, request.backup.parent_id) == (new, 2, "")
     assert request.backup.date == image.increments[0].date
@@ -327,3 +328,58 @@ def test_killed_after_the_switch_it_goes_forward(
     world.run_queued()
     assert world.drivers.actions == ["rm"]
     assert world.services.store.journal.list(kind="remove", limit=1)[0].state is OperationState.DONE
+
+
+def test_a_backup_whose_chain_is_found_damaged_meanwhile_begins_a_new_one(
+    world: World, chain: list[str]
+) -> None:
+    def damage(_request: Request) -> None:
+        with world.services.store.transaction() as tx:
+            mark_broken(tx, 0, {chain[2]: "disk.0.2: checksum"})
+
+    world.drivers.script["backup"] = [damage]
+    done = world.run("backup", vm_id=0)
+    assert (done.state, done.result["attempts"]) == (OperationState.DONE, 2)
+    assert (done.result["type"], done.result["image_id"]) == ("FULL", 1)
+    first, second = (request.backup for request in world.drivers.requests("backup")[-2:])
+    assert first is not None
+    assert second is not None
+    assert world.drivers.requests("rm")[-1].options == {"BACKUP_IDS": first.id}
+    good = [row.backup_id for row in world.services.store.backups(state=BackupState.GOOD)]
+    assert good == [*chain[:2], second.id]
+
+
+@pytest.mark.parametrize("kind", ["backup", "flatten"])
+def test_what_cannot_be_discarded_is_removed_with_what_else_is_to_go(
+    world: World, chain: list[str], kind: str
+) -> None:
+    world.drivers.script["rm"] = [Unavailable("no route to host")] * 3
+    world.drivers.script["backup" if kind == "backup" else "increment_flatten"] = [NoSpace("full")]
+    failed = world.run("backup", vm_id=0) if kind == "backup" else flatten(world, 0, 1)
+    assert failed.state is OperationState.FAILED
+    left = world.drivers.requests("rm")[-1].options["BACKUP_IDS"]
+    assert to_remove(world.services.image(0)) == (left,)
+    flatten(world, 3, 4)
+    world.run_queued()
+    assert world.drivers.requests("rm")[-1].options["BACKUP_IDS"] == f"{left},{chain[3]},{chain[4]}"
+    assert to_remove(world.services.image(0)) == ()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_is_to_be_kept_since_is_not_merged(world: World, chain: list[str], when: str) -> None:
+    def keep_more(_request: Request | None = None) -> None:
+        configure_vm(world.services, 0, {"KEEP_LAST": "4"})
+
+    configure_vm(world.services, 0, {"KEEP_LAST": "2"})
+    world.run("retention", vm_id=0)
+    if when == "before":
+        keep_more()
+    else:
+        world.drivers.script["increment_flatten"] = [keep_more]
+    world.run_queued()
+    assert [entry[0] for entry in sources(world)] == [0, 1, 2, 3, 4]
+    failed = world.services.store.journal.list(kind="flatten", limit=1)[0]
+    assert "is to be kept" in json.loads(failed.error)["message"]
+    world.run("retention", vm_id=0)
+    world.run_queued()
+    assert [entry[0] for entry in sources(world)] == [1, 2, 3, 4]

@@ -11,6 +11,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.documents import Catalogue
 from oned_backup.contract.request import Request
 from oned_backup.model.manifest import dump_manifest
+from oned_backup.operations.delete import cut_off
 from oned_backup.store import BackupState, Operation, OperationState
 
 from .conftest import World
@@ -152,3 +153,14 @@ def test_whether_disks_were_selected_is_known_from_the_backup(world: World, *, s
     excluded = [{"disk_id": 1, "target": "vdb", "reason": "not-selected" if selected else "cdrom"}]
     imported(world, manifest("b0", 0, excluded=excluded))
     assert world.services.image(0).has_selected_disks is selected
+
+
+def test_what_is_to_be_removed_does_not_come_back(world: World) -> None:
+    store = world.services.store
+    imported(world, manifest("b0", 0), manifest("b1", 1, "b0"))
+    with store.transaction() as tx:
+        cut_off(tx, 0, [1])
+    done = imported(world, manifest("b0", 0), manifest("b1", 1, "b0"))
+    assert done.result["backups"] == 0
+    assert done.result["left_over"] == ["backup b1: it is to be removed"]
+    assert [row.backup_id for row in store.backups()] == ["b0"]
