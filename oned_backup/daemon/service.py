@@ -27,7 +27,7 @@ from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
 from oned_backup.operations.prune import due
-from oned_backup.operations.recovery import recover
+from oned_backup.operations.recovery import queue_again, recover
 from oned_backup.operations.services import (
     QUERY_PREFIX,
     RunAction,
@@ -267,6 +267,8 @@ class Service:
             logger.info("%s %s: %s", operation.kind, operation.id, state)
             if state is OperationState.QUEUED:
                 self._look_again_at(self.services.store.journal.get(operation.id).not_before)
+            elif state is OperationState.CANCELLED and self._stopping:  # perhaps it was not the user
+                queue_again(self.services, self.services.store.journal.get(operation.id))
         except Exception as error:
             logger.exception("%s %s", operation.kind, operation.id)
             self._give_up(operation, error)

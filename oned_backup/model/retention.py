@@ -4,7 +4,8 @@ A point is kept if *any* rule keeps it. The rules count good points only, newest
 all chains and full backups of the VM:
 
     pinned          somebody said so
-    newest          the newest good point: whatever the settings are, it is never deleted
+    newest          the newest good point: whatever the settings are, it is never deleted;
+                    nor the one made last, which looks old if the clock was ahead before
     active-chain    the newest point of the active chain: the next increment continues it
     keep-last n     the n newest; an image of MODE=FULL is one point, an increment is one
     keep-daily n    the newest of each of the n newest days that have one; likewise
@@ -167,6 +168,8 @@ def _by_settings(
     good = [point for point in newest_first if point.good]
     for point in good[:1]:
         yield point, "newest good one"
+    if good and (made_last := max(good, key=lambda point: point.key)) != good[0]:
+        yield made_last, "made last"
     active = [point for point in points if point.image_id == active_image]
     for point in active[-1:]:
         yield point, "the next increment continues it"

@@ -250,11 +250,11 @@ def run_operation(kind: OperationKind, context: Context) -> OperationState:
 def _postpone(kind: OperationKind, context: Context, wait_s: float, error: OnedBackupError) -> OperationState:
     _tell_end(kind, context, OperationState.FAILED, error)
     result = {"notes": list(context.notes), "attempts": context.attempt}
-    context.services.store.journal.postpone(
+    put_back = context.services.store.journal.postpone(
         context.operation.id, wait_s, result=result, error=describe(error)
     )
     context.remove_work_dir()
-    return OperationState.QUEUED
+    return put_back.state
 
 
 def go_on(kind: OperationKind, context: Context, state: str, numbers: Mapping[str, int]) -> str:

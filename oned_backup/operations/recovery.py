@@ -77,7 +77,12 @@ def _bring_to_end(services: Services, operation: Operation, budget_until: float)
     cause: OnedBackupError = _restarted(f"in step {steps[-1].name}" if steps else "before its first step")
     asked = OperationState.CANCELLED if operation.cancel_requested else OperationState.FAILED
     finish(kind, context, asked, cause)
-    if kind.requeue and not operation.cancel_requested:
+    queue_again(services, operation)
+
+
+def queue_again(services: Services, operation: Operation) -> None:
+    """Queue an operation that the daemon's end interrupted, if half of it is worse than all of it."""
+    if KINDS[operation.kind].requeue and not operation.cancel_requested:
         services.store.journal.enqueue(
             operation.kind,
             operation.lock,

@@ -27,6 +27,9 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.store.database import Session
 from oned_backup.store.schema import operations, steps
 
+#: nobody waits longer: the clock was ahead when a time so far off was written
+_LONGEST_WAIT_S = 86_400.0
+
 
 class OperationState(StrEnum):
     """Where an operation stands; the last three are final."""
@@ -148,7 +151,8 @@ class Journal:
             running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
         )
         now = self._session.now()
-        due = sa.func.coalesce(operations.c.not_before, 0.0) <= now
+        wait_s = sa.func.coalesce(operations.c.not_before, 0.0) - now
+        due = (wait_s <= 0) | (wait_s > _LONGEST_WAIT_S)
         query = (
             sa.select(operations)
             .where(operations.c.state == OperationState.QUEUED, ~blocked, due)
@@ -201,19 +205,19 @@ class Journal:
     ) -> Operation:
         """Put a RUNNING operation back into the queue for `wait_s`; `Conflict` if it does not run.
 
-        `result` and `error` are those of the attempt that has failed.
+        `result` and `error` are those of the attempt that has failed. One whose end was asked for
+        meanwhile is CANCELLED instead.
         """
         with self._session.write() as connection:
             _require_running(connection, operation_id)
+            now = self._session.now()
+            changes: dict[str, Any] = {"state": OperationState.QUEUED, "not_before": now + wait_s}
+            if _get(connection, operation_id).cancel_requested:
+                changes = {"state": OperationState.CANCELLED, "ended_at": now}
             connection.execute(
                 operations.update()
                 .where(operations.c.id == operation_id)
-                .values(
-                    state=OperationState.QUEUED,
-                    not_before=self._session.now() + wait_s,
-                    result=_dump(result),
-                    error=_text(error),
-                )
+                .values(**changes, result=_dump(result), error=_text(error))
             )
             return _get(connection, operation_id)
 

@@ -14,7 +14,7 @@ import pytest
 from oned_backup.contract.request import Request
 from oned_backup.daemon import requests
 from oned_backup.daemon.service import Service
-from oned_backup.errors import Conflict, NoSpace
+from oned_backup.errors import Cancelled, Conflict, NoSpace
 from oned_backup.model.vm import Vm
 from oned_backup.store import OperationState
 from tests.unit.operations.conftest import DOMAIN, World
@@ -164,3 +164,27 @@ def test_an_end_that_cannot_be_written_is_written_later(
     until(lambda: journal.get(first.id).state is OperationState.FAILED)
     second = requests.backup(service, 0)
     until(lambda: journal.get(second.id).state is OperationState.DONE)
+
+
+def test_what_a_stop_interrupts_of_a_removal_is_queued_again(world: World, service: Service) -> None:
+    world.run("backup", vm_id=0)
+    inside = threading.Event()
+
+    def until_cancelled(_request: Request) -> None:
+        inside.set()
+        until(lambda: any(entry.cancelled for entry in service._running.values()))
+        raise Cancelled("rm")
+
+    world.drivers.script["rm"] = [until_cancelled]
+    settings = world.services.settings.model_copy(update={"stop_s": 1.0})
+    service.services = replace(world.services, settings=settings)
+    journal = service.services.store.journal
+    kept: list[tuple[str, str]] = []
+    service.services.store.close = lambda: kept.extend(  # type: ignore[method-assign]
+        (entry.kind, entry.state) for entry in journal.list(kind="delete")
+    )
+    requests.delete(service, 0)
+    service.start()
+    assert inside.wait(5)
+    assert service.stop() is True
+    assert kept == [("delete", OperationState.QUEUED), ("delete", OperationState.CANCELLED)]

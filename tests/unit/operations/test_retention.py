@@ -193,3 +193,14 @@ def test_a_reader_that_started_before_the_switch_keeps_its_files(calendar: World
     assert claim() == ""
     journal.finish(reading.id, OperationState.DONE)
     assert claim() == "remove"
+
+
+def test_a_clock_that_was_ahead_does_not_take_the_backup_just_made(calendar: World) -> None:
+    now: list[float] = calendar.now  # type: ignore[attr-defined]
+    configure_vm(calendar.services, 0, {"MODE": "FULL", "KEEP_LAST": "2"})
+    now[0] += 3000 * DAY
+    backups(calendar, 2)
+    now[0] -= 3000 * DAY
+    for image_id in (2, 3):
+        backups(calendar, 1)
+        assert points(calendar) == [(0, 0), (1, 0), (image_id, 0)]

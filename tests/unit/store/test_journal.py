@@ -301,3 +301,21 @@ def test_a_postponed_operation_goes_on_as_it_was(store: Store) -> None:
     assert again is not None
     assert (again.id, again.started_at, again.not_before) == (operation.id, first.started_at, None)
     assert again.result == {"attempts": 1}
+
+
+def test_one_whose_end_was_asked_for_is_not_postponed(store: Store) -> None:
+    operation = store.journal.enqueue("backup", "vm:1", {})
+    store.journal.claim()
+    store.journal.request_cancel(operation.id)
+    ended = store.journal.postpone(operation.id, 3600, result={}, error="{}")
+    assert (ended.state, ended.not_before) == (OperationState.CANCELLED, None)
+    assert ended.ended_at is not None
+
+
+def test_a_clock_that_was_ahead_holds_no_operation_back(store: Store) -> None:
+    operation = store.journal.enqueue("backup", "vm:1", {})
+    store.journal.claim()
+    store.journal.postpone(operation.id, 300 * 86_400, result={}, error="{}")
+    claimed = store.journal.claim()
+    assert claimed is not None
+    assert claimed.id == operation.id
