@@ -64,8 +64,9 @@ from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock
 from oned_backup.operations.moving import refreshed
-from oned_backup.operations.services import new_backup_id
+from oned_backup.operations.services import NEW_ID, Services, new_backup_id
 from oned_backup.operations.steps import Step, Undo
+from oned_backup.operations.stored import stored_vm_id
 from oned_backup.store import BackupState, OperationState
 
 #: the domain changed its state between PLAN and PREPARE: plan again so often
@@ -255,7 +256,7 @@ def _store(context: Context) -> Mapping[str, Any]:
             vm=services.vm(plan.vm_id).element,
             image=None if image is None else image.element,
             exports=exports,
-            options=_options(context, plan),
+            options={**_options(context, plan), **NEW_ID},  # chosen by this attempt's PLAN
         )
     except (NoSpace, Unavailable):
         services.measured_at.pop(plan.datastore_id, None)  # what was measured is no longer true
@@ -318,9 +319,22 @@ def _discard(context: Context) -> None:
         "backup": plan.backup(plan.backup_id),
         "vm": services.vm(plan.vm_id).element,
     }
-    with removed_later(services, plan.image_id, plan.backup_id):
+    with removed_later(services, lambda: _image_beside(services, plan), plan.backup_id):
         context.caller.datastore("backup_cancel", datastore, **sections)
         context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
+
+
+def _image_beside(services: Services, plan: BackupPlan) -> int | None:
+    """An image whose backups lie where this one does; None if there is none."""
+    images = (services.image(image_id) for image_id in services.vm(plan.vm_id).backup_ids)
+    same = [
+        image.id
+        for image in images
+        if image.is_ready
+        and image.datastore_id == plan.datastore_id
+        and stored_vm_id(services, image) == plan.vm_id
+    ]
+    return plan.image_id if plan.image_id is not None else max(same, default=None)
 
 
 def _clean(context: Context, outcome: Outcome) -> None:

@@ -46,7 +46,7 @@ from oned_backup.operations.damage import mark_broken
 from oned_backup.operations.delete import queue_removal, removed_later
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.retention import refuse_kept
-from oned_backup.operations.services import new_backup_id
+from oned_backup.operations.services import NEW_ID, new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.store import Backup as RestorePoint
 from oned_backup.store import BackupState, OperationState, Transaction
@@ -179,7 +179,7 @@ def _merge(context: Context) -> Mapping[str, Any]:
         answer = context.caller.datastore(
             _ACTION,
             services.datastore(plan.datastore_id),
-            options={"MERGE_IDS": ",".join(plan.merge_ids)},
+            options={"MERGE_IDS": ",".join(plan.merge_ids), **NEW_ID},
             **_sections(context, plan),
         )
     except DataCorrupt as damage:
@@ -279,7 +279,7 @@ def _discard(context: Context) -> None:
     plan = _plan_of(context)
     datastore = context.services.datastore(plan.datastore_id)
     sections = _sections(context, plan)
-    with removed_later(context.services, plan.image_id, plan.backup_id):
+    with removed_later(context.services, lambda: plan.image_id, plan.backup_id):
         context.caller.datastore("backup_cancel", datastore, **sections)
         context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
 

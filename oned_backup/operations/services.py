@@ -36,6 +36,8 @@ from oned_backup.store import SecretBox, Store
 Progress = Callable[[int, int], None]
 #: begins the ids of calls outside any operation
 QUERY_PREFIX = "query-"
+#: option for a driver: none was called with this backup id before
+NEW_ID: Mapping[str, str] = {"NEW_ID": "YES"}
 
 #: (syslog level, line)
 Log = Callable[[int, str], None]

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,13 @@ class AlreadyThere(Exception):
 class _Held:
     """Files of a backup whose manifest cannot be read before `let_go`: until then nothing is finished."""
 
-    def __init__(self, files: BackupFiles, asked: Started) -> None:
+    def __init__(self, files: BackupFiles, asked: Started | None) -> None:
         self._files = files
-        #: is finding out whether there is such a backup already
+        #: is finding out whether there is such a backup already; None: there is none
         self.asked = asked
         self.let_go = threading.Event()
+        if asked is None:
+            self.let_go.set()
 
     @property
     def files(self) -> Sequence[BackupFile]:
@@ -117,10 +119,16 @@ class Store:
                 self.require_marker()
             raise
 
-    def store(self, vm_id: int, backup_id: str, open_files: Callable[[], BackupFiles]) -> Manifest | None:
-        """Store the files as a backup; None if a restic_snapshot of that id is there already."""
+    def store(
+        self, vm_id: int, backup_id: str, open_files: Callable[[], BackupFiles], *, new: bool
+    ) -> Manifest | None:
+        """Store the files as a backup; None if a restic_snapshot of that id is there already.
+
+        `new`: none can be there, so restic is not asked for it.
+        """
         repo = self.repository(vm_id)
-        with repo.start("snapshots", "--no-lock", "--json", "--tag", TAG + backup_id) as asked:
+        words = ("snapshots", "--no-lock", "--json", "--tag", TAG + backup_id)
+        with nullcontext() if new else repo.start(*words) as asked:
             try:
                 with open_files() as files:
                     return self._store(repo, vm_id, backup_id, files, asked)
@@ -128,7 +136,7 @@ class Store:
                 return None
             except (OnedBackupError, OSError):
                 # the exports of a backup that was finished long ago are gone
-                if _found(asked.wait()):
+                if asked is not None and _found(asked.wait()):
                     return None
                 raise
 
@@ -236,7 +244,7 @@ class Store:
             sftp.batch(self.settings.target, [*commands, f"-rmdir {sftp.path_argument(place)}"])
 
     def _store(
-        self, repo: Repository, vm_id: int, backup_id: str, files: BackupFiles, asked: Started
+        self, repo: Repository, vm_id: int, backup_id: str, files: BackupFiles, asked: Started | None
     ) -> Manifest:
         top = Path("shown").absolute()
         saved: list[str] = []
@@ -288,15 +296,15 @@ class Store:
         asked, looked = held.asked, 0
         with selectors.DefaultSelector() as selector:
             selector.register(storing, selectors.EVENT_READ)
-            selector.register(asked, selectors.EVENT_READ)
-            known = False
-            while not (storing.ended and known):
+            if asked is not None:
+                selector.register(asked, selectors.EVENT_READ)
+            while asked is not None or not storing.ended:
                 selector.select(_LOOK_S)
-                if not known and (asked.ended or storing.ended):
-                    known = True
+                if asked is not None and (asked.ended or storing.ended):
                     if _found(asked.wait()):
                         raise AlreadyThere
                     selector.unregister(asked)
+                    asked = None
                     held.let_go.set()
                 storing.stop_if_lost()
                 failures = storing.so_far().stderr.count(b"Failure")

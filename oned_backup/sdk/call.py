@@ -76,6 +76,11 @@ class Call:
         return checked_name(self._variable("ODB_BACKUP_ID"), "ODB_BACKUP_ID")
 
     @property
+    def is_new_id(self) -> bool:
+        """Whether nothing of the backup's id can be there: no driver was called with it before."""
+        return self.option("NEW_ID", "NO").upper() == "YES"
+
+    @property
     def vm_id(self) -> int:
         """The VM that the call is about: ODB_VM_ID, or the one that IMAGE was made of."""
         if not self._environ.get("ODB_VM_ID") and self.request.image is not None:

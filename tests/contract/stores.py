@@ -201,6 +201,7 @@ class Store:
         exports: Exports,
         *,
         parent: str = "",
+        options: Mapping[str, str] | None = None,
         cancellation: Cancellation | None = None,
     ) -> dict[str, str]:
         chain_id = self.chain[0] if parent else backup_id
@@ -212,7 +213,7 @@ class Store:
             parent_id=parent,
             checkpoint=exports.checkpoint,
         )
-        answer = self.call("backup", backup=place, exports=exports, cancellation=cancellation)
+        answer = self.call("backup", options, backup=place, exports=exports, cancellation=cancellation)
         if backup_id not in self.chain:
             self.chain.append(backup_id)
         return answer

@@ -44,7 +44,7 @@ class ResticDatastore(FolderStore):
 
     def backup(self, call: Call) -> Answer:
         """Have restic store the files as they are made."""
-        return stored_answer(self._stored(call, call.files))
+        return stored_answer(self._stored(call, call.files, new=call.is_new_id))
 
     def increment_flatten(self, call: Call) -> Answer:
         """Store the merged backup beside those that it replaces, as a backup is stored."""
@@ -54,7 +54,8 @@ class ResticDatastore(FolderStore):
         with self.open_vm(call, call.vm_id) as folder:
             if folder.has(backup_id):  # asked again
                 return flattened(call, Manifests(folder)(backup_id))
-            return flattened(call, self._stored(call, lambda: merged_files(call, folder)))
+            new = not folder.restic_snapshots(backup_id)
+            return flattened(call, self._stored(call, lambda: merged_files(call, folder), new=new))
 
     def backup_cancel(self, call: Call) -> None:
         """Forget what an unfinished backup left, and free it."""
@@ -117,10 +118,10 @@ class ResticDatastore(FolderStore):
                 continue
         return {"FREED_MB": max(before - store.space_mb()[1], 0)}
 
-    def _stored(self, call: Call, open_files: Callable[[], BackupFiles]) -> Manifest:
+    def _stored(self, call: Call, open_files: Callable[[], BackupFiles], *, new: bool) -> Manifest:
         """The manifest of the call's backup, which is stored unless it is there already."""
         store, backup_id = Store(call), finished_name(call.backup.id)
-        manifest = store.store(call.vm_id, backup_id, open_files)
+        manifest = store.store(call.vm_id, backup_id, open_files, new=new)
         if manifest is None:
             manifest = self._asked_again(call, store, backup_id, open_files)
         return manifest
@@ -134,7 +135,7 @@ class ResticDatastore(FolderStore):
                 return Manifests(folder)(backup_id)
             left = folder.restic_snapshots(backup_id)
         store.forget(store.repository(call.vm_id), left)
-        manifest = store.store(call.vm_id, backup_id, open_files)
+        manifest = store.store(call.vm_id, backup_id, open_files, new=False)
         if manifest is None:
             raise NotFound(f"backup {backup_id} comes and goes")
         return manifest

@@ -50,6 +50,20 @@ def test_a_backup_is_one_restic_snapshot_with_all_its_files_where_opennebula_loo
     assert all(line.startswith("/7") for line in listed)
 
 
+def test_an_id_that_is_new_is_not_looked_for_and_any_other_is(
+    make: Callable[..., Store], disk: Disk, restic: Callable[..., str]
+) -> None:
+    store = make()
+    with disk.served() as socket:
+        exports = exports_of(export(disk, socket))
+        for _ in range(2):
+            store.backup(ID, exports, options={"NEW_ID": "YES"})
+        assert len(json.loads(restic(store, "snapshots", "--json"))) == 2
+        store.backup(ID, exports)
+    assert len(json.loads(restic(store, "snapshots", "--json"))) == 2
+    assert store.failures() == {ID: {}}
+
+
 def test_a_wrong_password_is_denied_and_one_that_was_forgotten_is_misconfigured(made_chain: Chain) -> None:
     with pytest.raises(PermissionDenied, match="RESTIC_PASSWORD does not open"):
         replace(made_chain.store, secrets={"RESTIC_PASSWORD": "wrong"}).ls()

@@ -65,6 +65,14 @@ def test_first_backup_begins_a_chain(world: World) -> None:
     assert kept(world) == [("SUCCESS", checkpoint(world, done))]
 
 
+def test_a_driver_is_told_that_the_id_is_new_and_no_attempt_has_the_id_of_another(world: World) -> None:
+    world.drivers.script["backup"] = [Unavailable("away"), None]
+    done = world.run("backup", vm_id=0)
+    requests = world.drivers.requests("backup")
+    assert done.result["attempts"] == len({request.backup.id for request in requests if request.backup}) == 2
+    assert [request.options["NEW_ID"] for request in requests] == ["YES", "YES"]
+
+
 def test_the_vm_is_in_backup_state_meanwhile(world: World) -> None:
     seen = []
     world.drivers.script["backup"] = [lambda _request: seen.append(world.services.vm(0).state_name)]

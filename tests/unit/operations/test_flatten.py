@@ -383,3 +383,18 @@ def test_what_is_to_be_kept_since_is_not_merged(world: World, chain: list[str], 
     world.run("retention", vm_id=0)
     world.run_queued()
     assert [entry[0] for entry in sources(world)] == [1, 2, 3, 4]
+
+
+def test_a_full_backup_that_cannot_be_discarded_is_removed_with_the_image_beside_it(world: World) -> None:
+    configure_vm(world.services, 0, {"MODE": "FULL", "KEEP_LAST": "1"})
+    first = world.run("backup", vm_id=0)
+    world.drivers.script["rm"] = [Unavailable("no route to host")] * 3
+    world.drivers.script["backup"] = [NoSpace("full")]
+    assert world.run("backup", vm_id=0).state is OperationState.FAILED
+    left = world.drivers.requests("rm")[-1].options["BACKUP_IDS"]
+    assert world.run("backup", vm_id=0).state is OperationState.DONE
+    world.run_queued()
+    removed = {
+        name for call in world.drivers.requests("rm")[3:] for name in call.options["BACKUP_IDS"].split(",")
+    }
+    assert removed == {left, first.result["backup_id"]}
