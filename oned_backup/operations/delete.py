@@ -22,7 +22,7 @@ the notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -85,16 +85,16 @@ def queue_removal(tx: Transaction, vm_id: int, image_ids: Sequence[int]) -> Oper
 
 
 @contextmanager
-def removed_later(services: Services, image_id: int | None, backup_id: str) -> Iterator[None]:
+def removed_later(services: Services, beside: Callable[[], int | None], backup_id: str) -> Iterator[None]:
     """Inside, a backup of no use is discarded. If that fails, it is removed with what else is to go.
 
-    What is left in a store would keep its parent there, too.
+    What is left in a store would keep its parent there, too. `beside` finds the image that has it noted.
     """
     try:
         yield
     except Exception:
         with suppress(NotFound):
-            if image_id is not None:
+            if (image_id := beside()) is not None:
                 services.store.change(
                     "image", image_id, lambda element: with_to_remove(Image(element), [backup_id]).element
                 )
