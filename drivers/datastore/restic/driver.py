@@ -14,6 +14,7 @@ from oned_backup.contract.documents import Catalogue
 from oned_backup.errors import Busy, DataCorrupt, NotFound
 from oned_backup.model.manifest import Manifest
 from oned_backup.restic.store import Store
+from oned_backup.restic.view import StoredBackups
 from oned_backup.sdk import Answer, Call, restore_points
 from oned_backup.sdk.folder_store import (
     FolderStore,
@@ -24,7 +25,6 @@ from oned_backup.sdk.folder_store import (
     refuse_parents,
     stored_answer,
 )
-from oned_backup.sdk.publish import Folder
 from oned_backup.sdk.stored import Manifests
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ResticDatastore(FolderStore):
     scheme = "restic"
 
     @contextmanager
-    def open_vm(self, call: Call, vm_id: int) -> Iterator[Folder]:
+    def open_vm(self, call: Call, vm_id: int) -> Iterator[StoredBackups]:
         """The finished backups of a VM."""
         with Store(call).opened(vm_id) as folder:
             yield folder
