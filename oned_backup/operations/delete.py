@@ -123,8 +123,13 @@ def _cut(context: Context, tx: Transaction) -> Mapping[str, Any]:
 
 
 def _named(context: Context) -> Mapping[str, Any]:
-    """The images that `remove` was asked to look after."""
-    return {"image_ids": list(context.arguments["image_ids"]), "chains_ended": []}
+    """The images that `remove` was asked to look after, and what is to go of them now.
+
+    Whoever reads what a merge replaces later has begun after us, and so we did not wait for it.
+    """
+    facts = {"image_ids": list(context.arguments["image_ids"]), "chains_ended": []}
+    context.facts |= facts
+    return {**facts, "going": {str(image.id): _going(context.services, image) for image in _images(context)}}
 
 
 def _images(context: Context) -> Iterable[Image]:
@@ -142,10 +147,11 @@ def _going(services: Services, image: Image) -> list[str]:
 def _remove(context: Context) -> Mapping[str, Any]:
     for image_id in context.facts["chains_ended"]:
         context.note(f"image {image_id} held the active chain: the next backup of its VM is a full one")
-    removed = []
+    removed: list[str] = []
     for image in _images(context):
         context.check_cancelled()
-        ids = _going(context.services, image)
+        chosen = context.facts.get("going")
+        ids = _going(context.services, image) if chosen is None else chosen.get(str(image.id))
         if not ids:
             continue
         try:
@@ -169,11 +175,13 @@ def _forget(context: Context, tx: Transaction) -> None:
         if image_id not in known:
             continue
         image = Image(tx.get("image", image_id).element)
-        if image.state != ImageState.DELETE:
-            removed = context.facts["removed"]
+        rows = tx.backups(image_id=image_id)
+        removed = context.facts["removed"]
+        gone = context.arguments.get("force") or {row.backup_id for row in rows} <= set(removed)
+        if image.state != ImageState.DELETE or not gone:  # perhaps it was put out of use meanwhile
             tx.change("image", image_id, lambda old: without_to_remove(Image(old), removed).element)  # noqa: B023
             continue
-        for row in tx.backups(image_id=image_id):
+        for row in rows:
             tx.forget_backup(row.backup_id)
         tx.change(
             "datastore",

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from oned_backup.contract.exports import Reason
+from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import to_remove, with_pin
 from oned_backup.operations import retention
 from oned_backup.operations.context import Context
+from oned_backup.operations.delete import cut_off, mark_image
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.exclusion import must_wait_for, removal_lock, retention_lock
 from oned_backup.operations.inventory import configure_vm
@@ -204,3 +206,28 @@ def test_a_clock_that_was_ahead_does_not_take_the_backup_just_made(calendar: Wor
     for image_id in (2, 3):
         backups(calendar, 1)
         assert points(calendar) == [(0, 0), (1, 0), (image_id, 0)]
+
+
+def test_a_removal_takes_what_was_to_go_when_it_began(calendar: World) -> None:
+    store = calendar.services.store
+    backups(calendar, 3)
+    backups(calendar, 1, reset=True)
+    backups(calendar, 2)
+    for image_id in (0, 1):
+        with store.transaction() as tx:
+            cut_off(tx, image_id, [2])
+
+    def meanwhile(_request: Request) -> None:
+        with store.transaction() as tx:
+            cut_off(tx, 1, [1])
+            mark_image(tx, 0)
+
+    calendar.drivers.script["rm"] = [meanwhile]
+    second = store.backups(image_id=1)[1].backup_id
+    first = [row.backup_id for row in store.backups(image_id=0)]
+    assert calendar.run("remove", vm_id=0, image_ids=[0, 1]).state is OperationState.DONE
+    assert to_remove(calendar.services.image(1)) == (second,)
+    assert [row.backup_id for row in store.backups(image_id=0)] == first
+    assert calendar.run("remove", vm_id=0, image_ids=[0, 1]).state is OperationState.DONE
+    asked = [set(call.options["BACKUP_IDS"].split(",")) for call in calendar.drivers.requests("rm")]
+    assert asked[2:] == [set(first), {second}]
