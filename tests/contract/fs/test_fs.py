@@ -13,7 +13,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.exports import ExcludedDisk, Exports, Reason
 from oned_backup.contract.request import Backup
 from oned_backup.contract.url import parse_url
-from oned_backup.errors import DriverFailed, NotFound
+from oned_backup.errors import Conflict, DriverFailed, NotFound
 from oned_backup.model.manifest import parse_manifest
 
 IDS = [f"20260101-00000{number}-aaaaaa" for number in range(3)]
@@ -203,7 +203,7 @@ def test_verify_reads_everything_or_a_share(chain):
 
 
 def test_removal_is_idempotent_and_never_takes_a_parent(chain):
-    with pytest.raises(DriverFailed, match=f"{IDS[0]} cannot be removed: backup {IDS[1]} continues it"):
+    with pytest.raises(Conflict, match=f"{IDS[0]} cannot be removed: backup {IDS[1]} continues it"):
         chain.store.call("rm", {"BACKUP_IDS": IDS[0]})
     assert chain.store.names() == set(IDS)
     for _ in range(2):
