@@ -10,7 +10,7 @@ starts again there, which the manifests tell.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 from oned_backup.model.manifest import Manifest
 
 if TYPE_CHECKING:
-    from oned_backup.model.image import Image
+    pass
 
 #: PARENT_ID of an increment that starts a chain
 NO_PARENT = -1
@@ -128,24 +128,3 @@ def disk_chain(
     raise DataCorrupt(
         f"disk {disk_id}: backup {found[-1][1]} continues backup '{wanted}', which is not before it"
     )
-
-
-def expired_images(
-    images: Sequence[Image], keep_last: int, active_image_id: int = -1, broken_ids: Collection[int] = ()
-) -> tuple[Image, ...]:
-    """The images of a VM that KEEP_LAST lets go, oldest first; none if it is 0.
-
-    Counts images, as OpenNebula does: a backup of MODE=FULL, or a whole chain.
-    The image of the active chain is never among them. Images that are not
-    READY, and those of `broken_ids` (no restore point of them is good), do not
-    count, so that a broken one never pushes out a good one; they go together
-    with the good ones of their age.
-    """
-    if keep_last <= 0:
-        return ()
-    ordered = sorted(images, key=lambda image: image.id)
-    good = [image.id for image in ordered if image.is_ready and image.id not in broken_ids]
-    if len(good) <= keep_last:
-        return ()
-    oldest_kept = good[-keep_last]
-    return tuple(image for image in ordered if image.id < oldest_kept and image.id != active_image_id)

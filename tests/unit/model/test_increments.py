@@ -7,19 +7,16 @@ from hypothesis import strategies as st
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 from oned_backup.model.image import (
-    ImageState,
     image_name,
     new_image,
     with_error,
     with_increment,
     with_name,
-    with_state,
 )
 from oned_backup.model.increments import (
     Increment,
     chain_to,
     disk_chain,
-    expired_images,
     next_increment,
 )
 from oned_backup.model.manifest import Manifest, ManifestDisk
@@ -208,24 +205,3 @@ def test_a_disk_s_chain_is_one_full_and_then_only_increments(kinds):
     types = [manifests[source].disk(0).type for _, source in found]
     assert types == ["FULL"] + ["INCREMENT"] * (len(found) - 1)
     assert [n for n, _ in found] == list(range(chain[-1].id + 1 - len(found), chain[-1].id + 1))
-
-
-def test_keep_last_counts_images_and_spares_the_active_chain(image):
-    images = [image(n, str(n)) for n in (5, 2, 9, 7)]
-
-    def expired(keep, active=-1):
-        return [found.id for found in expired_images(images, keep, active)]
-
-    assert expired(0) == []
-    assert expired(4) == []
-    assert expired(2) == [2, 5]
-    assert expired(1, 2) == [5, 7]
-    assert expired(1, 9) == [2, 5, 7]
-
-
-def test_a_broken_image_does_not_push_out_a_good_one(image):
-    images = [image(1), image(2), with_error(image(3), "damaged"), with_state(image(4), ImageState.LOCKED)]
-
-    assert [found.id for found in expired_images(images, 2)] == []
-    assert [found.id for found in expired_images([*images, image(5)], 2)] == [1]
-    assert [found.id for found in expired_images([*images, image(5)], 1)] == [1, 2, 3, 4]
