@@ -10,14 +10,13 @@ starts again there, which the manifests tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from oned_backup import xmldoc
-from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
-from oned_backup.model.manifest import Manifest
+from oned_backup.errors import Conflict, InvalidInput, NotFound
 
 if TYPE_CHECKING:
     pass
@@ -94,37 +93,3 @@ def chain_to(chain: Sequence[Increment], increment_id: int | None = None) -> tup
             return tuple(chain[: place + 1])
     known = ", ".join(str(increment.id) for increment in chain)
     raise NotFound(f"there is no increment {wanted}", hint=f"There are {known}.")
-
-
-def disk_chain(
-    disk_id: int, chain: Sequence[Increment], manifests: Mapping[str, Manifest]
-) -> tuple[tuple[int, str], ...]:
-    """What it takes to restore a disk at the last of `chain`: (increment id, backup id), oldest first.
-
-    Goes back from there to the disk's last FULL file, each step to the backup
-    that the file says it continues, or to the merged one that stands for it.
-    `manifests` by backup id. `NotFound` if the last backup does not have the
-    disk; `DataCorrupt` if the chain has a gap.
-    """
-    found: list[tuple[int, str]] = []
-    wanted = chain[-1].source if chain else ""
-    for increment in reversed(chain):
-        manifest = manifests.get(increment.source)
-        if increment.source != wanted and (manifest is None or wanted not in manifest.stands_for):
-            continue
-        if manifest is None:
-            raise DataCorrupt(f"disk {disk_id}: the manifest of backup {increment.source} is missing")
-        disk = manifest.disk(disk_id)
-        if disk is None and not found:
-            raise NotFound(f"disk {disk_id} is not in backup {increment.source}")
-        if disk is None:
-            raise DataCorrupt(f"disk {disk_id} is not in backup {increment.source}, but continued from it")
-        found.append((increment.id, increment.source))
-        if disk.type == IncrementType.FULL:
-            return tuple(reversed(found))
-        wanted = disk.parent_id
-    if not found:
-        raise NotFound(f"disk {disk_id}: the chain is empty")
-    raise DataCorrupt(
-        f"disk {disk_id}: backup {found[-1][1]} continues backup '{wanted}', which is not before it"
-    )

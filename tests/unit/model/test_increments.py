@@ -1,11 +1,7 @@
-from dataclasses import replace
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from oned_backup import xmldoc
-from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
+from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.model.image import (
     image_name,
     new_image,
@@ -16,10 +12,8 @@ from oned_backup.model.image import (
 from oned_backup.model.increments import (
     Increment,
     chain_to,
-    disk_chain,
     next_increment,
 )
-from oned_backup.model.manifest import Manifest, ManifestDisk
 from oned_backup.model.selection import configure
 
 
@@ -28,14 +22,6 @@ def _chain(*sources):
     for number, source in enumerate(sources):
         chain.append(next_increment(chain, date=number, size_mb=number + 1, source=source))
     return tuple(chain)
-
-
-def _manifest(backup_id, *disks):
-    entries = tuple(
-        ManifestDisk(disk_id, f"vd{disk_id}", kind, "increment", f"disk.{disk_id}", parent, 1)
-        for disk_id, kind, parent in disks
-    )
-    return Manifest(backup_id, "c", "", 0, "FULL", 0, 7, "vm", "", entries, (), {})
 
 
 @pytest.fixture
@@ -138,70 +124,3 @@ def test_a_restore_reads_up_to_the_increment_that_is_asked_for():
     assert caught.value.hint == "There are 0, 1, 2."
     with pytest.raises(NotFound):
         chain_to(())
-
-
-def test_a_disk_s_chain_goes_back_to_its_own_last_full():
-    chain = _chain("a", "b", "c", "d")
-    manifests = {
-        "a": _manifest("a", (0, "FULL", ""), (1, "FULL", "")),
-        "b": _manifest("b", (0, "INCREMENT", "a"), (1, "FULL", "")),
-        "c": _manifest("c", (0, "INCREMENT", "b"), (1, "INCREMENT", "b"), (2, "FULL", "")),
-        "d": _manifest("d", (0, "FULL", ""), (2, "INCREMENT", "c")),
-    }
-
-    assert disk_chain(0, chain, manifests) == ((3, "d"),)
-    assert disk_chain(0, chain[:3], manifests) == ((0, "a"), (1, "b"), (2, "c"))
-    assert disk_chain(1, chain[:3], manifests) == ((1, "b"), (2, "c"))
-    assert disk_chain(2, chain, manifests) == ((2, "c"), (3, "d"))
-    with pytest.raises(NotFound, match="disk 1 is not in backup d"):
-        disk_chain(1, chain, manifests)
-
-
-def test_a_merged_backup_stands_for_the_parent_that_is_gone():
-    merged = replace(_manifest("m", (0, "FULL", "")), replaces=("a", "b"), stands_for=("b",))
-    manifests = {"m": merged, "c": _manifest("c", (0, "INCREMENT", "b"))}
-    assert disk_chain(0, _chain("m", "c"), manifests) == ((0, "m"), (1, "c"))
-    manifests["c"] = _manifest("c", (0, "INCREMENT", "a"))  # never what another content continued
-    with pytest.raises(DataCorrupt, match="backup c continues backup 'a', which is not before it"):
-        disk_chain(0, _chain("m", "c"), manifests)
-
-
-@pytest.mark.parametrize(
-    ("manifests", "message"),
-    [
-        ({"c": _manifest("c", (0, "INCREMENT", "b"))}, "the manifest of backup b is missing"),
-        (
-            {"c": _manifest("c", (0, "INCREMENT", "x"))},
-            "backup c continues backup 'x', which is not before it",
-        ),
-        ({"c": _manifest("c", (0, "INCREMENT", "c"))}, "continues backup 'c', which is not before it"),
-        (
-            {"c": _manifest("c", (0, "INCREMENT", "b")), "b": _manifest("b")},
-            "is not in backup b, but continued",
-        ),
-    ],
-)
-def test_a_gap_is_damage_and_never_a_shorter_chain(manifests, message):
-    with pytest.raises(DataCorrupt, match=message):
-        disk_chain(0, _chain("a", "b", "c"), manifests)
-
-
-@given(st.lists(st.sampled_from(["FULL", "INCREMENT", "ABSENT"]), min_size=1, max_size=8))
-def test_a_disk_s_chain_is_one_full_and_then_only_increments(kinds):
-    chain = _chain(*(f"b{n}" for n in range(len(kinds))))
-    manifests = {}
-    last = None
-    for increment, wanted in zip(chain, kinds, strict=True):
-        kind = wanted if last is not None or wanted == "ABSENT" else "FULL"
-        disks = [] if kind == "ABSENT" else [(0, kind, last if kind == "INCREMENT" else "")]
-        manifests[increment.source] = _manifest(increment.source, *disks)
-        last = None if kind == "ABSENT" else increment.source
-    if last is None:
-        with pytest.raises(NotFound):
-            disk_chain(0, chain, manifests)
-        return
-    found = disk_chain(0, chain, manifests)
-
-    types = [manifests[source].disk(0).type for _, source in found]
-    assert types == ["FULL"] + ["INCREMENT"] * (len(found) - 1)
-    assert [n for n, _ in found] == list(range(chain[-1].id + 1 - len(found), chain[-1].id + 1))
