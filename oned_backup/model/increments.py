@@ -13,13 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound
-
-if TYPE_CHECKING:
-    pass
 
 #: PARENT_ID of an increment that starts a chain
 NO_PARENT = -1
