@@ -1,6 +1,8 @@
 # Everything a newcomer needs is `make demo` and `make test`; `make help` lists the rest.
 
 PYTHON := .venv/bin/python
+# many tests wait for other processes
+JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
@@ -16,7 +18,7 @@ demo: setup ## back up a real guest while it runs, restore every increment, boot
 	@$(PYTHON) share/lab/demo.py
 
 test: setup check ## all checks and all tests, unattended
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: setup ## linters, types, layers
 	@$(PYTHON) -m ruff check .
