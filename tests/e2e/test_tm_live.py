@@ -366,6 +366,8 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
         overwrite = "dd if=/dev/urandom of=/data/vdb/a bs=1M count=20 conv=notrunc,fsync"
         guest.shell(f"({overwrite}; touch /run/done) </dev/null >/dev/null 2>&1 &")
         wait_for("end of the job", lambda: not guest.has_backup_job())
+    # QEMU had stopped it when its write to the scratch file failed
+    wait_for("running guest", lambda: not guest.is_paused())
     wait_for("end of the guest's write", lambda: "done" in guest.run("ls", "/run"))
     keep = vm.points[-1].exports.checkpoint
     vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE, KEEP_CHECKPOINT=keep)

@@ -40,6 +40,8 @@ def survivors(site: Simulation, kind: str) -> set[tuple[int, int]]:
 
 def prepare(site: Simulation, kind: str) -> None:
     """What the operation needs: a chain that is not the active one, or one that is long enough."""
+    if not site.product.is_running:  # an earlier attempt was found wanting
+        site.start()
     if len(site.chain()) > 6 or (kind == "delete" and len(site.images()) == 1):
         assert site.backup(reset=True) == "FULL"
     if kind != "delete":

@@ -14,11 +14,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from lab import wait_for
 
+from oned_backup.errors import DaemonUnreachable
 from oned_backup.operations.kinds import KINDS
 from tests.faults.attempts import ASK, clear, finish, keys, prepare, survivors
 from tests.faults.simulation import Simulation
@@ -59,8 +61,8 @@ UNDOS = {
     "download": (("fs.download.acted", "download.undo-DOWNLOAD"),),
     "retention": (("fs.increment_flatten.acted", "flatten.undo-MERGE"),),
 }
-#: actions that are taken beside these operations, and change nothing
-ASIDE = ("fs.monitor",)
+#: actions that may be taken beside these operations, and change nothing
+ASIDE = ("fs.monitor", "fs.ls", "dummy.monitor")
 ALL_MOMENTS = ("intend", "begun", "acted", "ended")
 
 
@@ -122,7 +124,8 @@ def test_killed(site: Simulation, kind: str, armed: str) -> None:
     prepare(site, kind)
     stay = survivors(site, kind)
     site.arm(armed)
-    ASK[kind](site)
+    with suppress(DaemonUnreachable):  # it may die before it has answered
+        ASK[kind](site)
     content = site.content()
     wait_for("end of it, or of the daemon", lambda: site.is_idle() or not site.product.is_running, 60)
     site.arm()
@@ -152,5 +155,5 @@ def test_every_failpoint_is_in_the_matrix(site: Simulation) -> None:
     known = {point for kind in ASK for point in daemon_points(kind, ALL_MOMENTS)}
     known |= {point for kind in ASK for point in driver_points(kind)}
     reached = set(log.read_text().split())
-    assert reached - known == {f"{action}.{point}" for action in ASIDE for point in ("begun", "acted")}
+    assert reached - known <= {f"{action}.{point}" for action in ASIDE for point in ("begun", "acted")}
     assert known - reached == set()
