@@ -12,7 +12,7 @@ ASK: Mapping[str, Callable[[Simulation], str]] = {
     "backup": lambda site: site.submit("vms/0/backup"),
     "restore": lambda site: site.submit(
         f"images/{site.newest_image()}/restore",
-        {"to": str(site.directory / "restored"), "define_host_id": 0, "name": "copy"},
+        {"to": str(site.directory / "restored")},
     ),
     "verify": lambda site: site.submit(f"images/{site.newest_image()}/verify"),
     "delete": lambda site: site.submit(f"images/{site.images()[0]['id']}", method="delete"),
