@@ -61,8 +61,9 @@ def reach(name: str) -> None:
         return
     name = _prefix + name
     armed = _parse(Path(_SET[1:]).read_text().strip()) if _SET.startswith("@") else _ARMED
-    for key in {"*", name} & armed.keys():
-        _act(name, *armed[key].partition(":")[::2])
+    for key in ("*", name):  # it is written down before it acts
+        if key in armed:
+            _act(name, *armed[key].partition(":")[::2])
 
 
 def _act(name: str, action: str, argument: str) -> None:

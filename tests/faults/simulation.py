@@ -10,8 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,19 @@ CLUSTER = 65536
 SIZES = {"vda": 24 * CLUSTER, "vdb": 10 * CLUSTER + 512}
 #: the daemon has this long to end what its predecessor left
 RECOVERY_S = 30.0
+
+
+@contextmanager
+def simulation() -> Iterator[Simulation]:
+    """A simulation with a chain of three, in a directory that goes with it."""
+    directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
+    site = Simulation(directory)
+    try:
+        site.set_up()
+        yield site
+    finally:
+        site.tear_down()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Simulation:

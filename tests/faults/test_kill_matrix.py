@@ -11,11 +11,8 @@ guest thawed, nothing left behind, every restore point as it was, and the next b
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 from lab import wait_for
@@ -23,7 +20,7 @@ from lab import wait_for
 from oned_backup.errors import DaemonUnreachable
 from oned_backup.operations.kinds import KINDS
 from tests.faults.attempts import ASK, clear, finish, keys, prepare, survivors
-from tests.faults.simulation import Simulation
+from tests.faults.simulation import Simulation, simulation
 
 #: what is done for each of them, if it is more than one operation
 OPERATIONS = {"retention": ("retention", "flatten", "remove")}
@@ -112,28 +109,18 @@ def site() -> Iterator[Simulation]:
         yield site
 
 
-@contextmanager
-def simulation() -> Iterator[Simulation]:
-    """A chain of three in a directory of its own."""
-    directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
-    site = Simulation(directory)
-    try:
-        site.set_up()
-        yield site
-    finally:
-        site.tear_down()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
 def test_killed(site: Simulation, kind: str, armed: str) -> None:
     prepare(site, kind)
     stay = survivors(site, kind)
-    site.arm(armed)
+    log = site.directory / "reached"
+    log.unlink(missing_ok=True)
+    site.arm(f"*=record:{log},{armed}")
     with suppress(DaemonUnreachable):  # it may die before it has answered
         ASK[kind](site)
     content = site.content()
     wait_for("end of it, or of the daemon", lambda: site.is_idle() or not site.product.is_running, 60)
     site.arm()
+    assert {entry.partition("=")[0] for entry in armed.split(",")} <= set(log.read_text().split())
     if not site.product.is_running:
         site.start()
     site.wait_recovered()

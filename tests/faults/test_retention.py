@@ -6,28 +6,19 @@ known, so that a merged one can be compared with it under its new backup id.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from lab import wait_for
 
-from tests.faults.simulation import Simulation
+from tests.faults.simulation import Simulation, simulation
 
 
 @pytest.fixture
 def site() -> Iterator[Simulation]:
     """A chain of three, and a daemon that looks at failpoints."""
-    directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
-    site = Simulation(directory)
-    try:
-        site.set_up()
+    with simulation() as site:
         yield site
-    finally:
-        site.tear_down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_a_rolling_chain_of_five_restores_at_every_point(site: Simulation) -> None:
