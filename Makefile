@@ -6,7 +6,7 @@ JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench torture format clean
+.PHONY: help setup demo test check bench torture faults format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
 
 torture: setup ## kill daemon and drivers at random moments (MINUTES=10 SEED=…)
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.faults.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+faults: setup ## run all tests, slow ones as well, and write share/doc/fault-table.md
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --whole-matrix --fault-table $(PYTEST_ARGS)
 
 format: setup ## rewrite the code in the project's format
 	@$(PYTHON) -m ruff check --fix .

@@ -1,4 +1,7 @@
-"""For all tests: in continuous integration, what cannot be tested is a failure and not a skip."""
+"""For all tests: the whole matrix, the fault table, and what cannot be tested.
+
+In continuous integration, what cannot be tested is a failure and not a skip.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,32 @@ import os
 from collections.abc import Generator
 
 import pytest
+
+from tests.faults.table import FaultTable, note_faults
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix",
+        action="store_true",
+        help="kill at every failpoint, in every way; run the slow rows of the fault table as well",
+    )
+    parser.addoption(
+        "--fault-table", action="store_true", help="write what was seen into share/doc/fault-table.md"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fault-table") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FaultTable())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    note_faults(items)
+    if not config.getoption("--whole-matrix"):
+        slow = [item for item in items if item.get_closest_marker("whole_matrix")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.hookimpl(wrapper=True)

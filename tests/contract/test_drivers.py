@@ -34,6 +34,7 @@ def outside_link(folder: Path) -> None:
         (outside_link, "verify leads out of its driver's folder"),
     ],
 )
+@pytest.mark.fault("driver", "writable by others, or of another owner")
 def test_what_others_could_change_is_refused(shelf: Path, change: Callable[[Path], None], text: str) -> None:
     load_driver(shelf)
     change(shelf)
@@ -42,12 +43,14 @@ def test_what_others_could_change_is_refused(shelf: Path, change: Callable[[Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
+@pytest.mark.fault("driver", "writable by others, or of another owner")
 def test_a_foreign_owner_is_refused(shelf: Path) -> None:
     os.chown(shelf / "driver.py", 65534, 65534)
     with pytest.raises(PermissionDenied, match=r"driver\.py belongs to uid 65534"):
         load_driver(shelf)
 
 
+@pytest.mark.fault("driver", "writable by others, or of another owner")
 def test_the_executable_is_looked_at_again_before_it_runs(shelf: Path) -> None:
     driver = load_driver(shelf)
     outside_link(shelf)

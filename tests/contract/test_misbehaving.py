@@ -196,6 +196,7 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
     [(64, Unsupported), (65, DataCorrupt), (66, NotFound), (69, Unavailable), (70, DriverBug), (73, NoSpace),
      (77, PermissionDenied), (1, DriverFailed), (255, DriverFailed), (42, DriverFailed), (3, DriverFailed)],
 )  # fmt: skip
+@pytest.mark.fault("driver", "unknown exit code")
 def test_exit_codes(bench: Callable[[str], Bench], code: int, error: type[OnedBackupError]) -> None:
     b = bench(
         shell(f"printf '{GOOD}'; echo '<7>first' >&2; echo '<3>12 GB needed' >&2; echo >&2; exit {code}")
@@ -219,27 +220,32 @@ def test_failure_without_a_word_names_driver_action_and_code(bench: Callable[[st
         bench(shell("exit 9")).run()
 
 
+@pytest.mark.fault("driver", "no output with exit 0")
 def test_no_output_with_exit_0(bench: Callable[[str], Bench]) -> None:
     with pytest.raises(DriverBug, match=r"output lacks TOTAL_MB, USED_MB, FREE_MB: all went well$"):
         bench(shell("echo all went well >&2")).run()
 
 
+@pytest.mark.fault("driver", "killed by a signal")
 def test_killed_by_a_signal(bench: Callable[[str], Bench]) -> None:
     with pytest.raises(DriverFailed, match=r"killed by SIGSEGV: so far so good"):
         bench(shell(f"printf '{GOOD}'; echo so far so good >&2; kill -SEGV $$")).run()
 
 
+@pytest.mark.fault("driver", "hangs")
 def test_hanging_driver_is_ended_at_its_deadline(bench: Callable[[str], Bench]) -> None:
     b = bench("print('hanging', file=sys.stderr, flush=True)\ntime.sleep(1000)")
     with pytest.raises(DriverFailed, match=r"not finished after 0.7 s: hanging"):
         b.run(limits=replace(LIMITS, deadline_s=0.7))
 
 
+@pytest.mark.fault("driver", "silent beyond its limit")
 def test_silent_driver_is_ended_and_the_answer_is_unknown(bench: Callable[[str], Bench]) -> None:
     with pytest.raises(Unavailable, match=r"no sign of life for 0.3 s"):
         bench("time.sleep(1000)").run(limits=replace(LIMITS, inactivity_s=0.3))
 
 
+@pytest.mark.fault("driver", "silent beyond its limit")
 def test_progress_is_a_sign_of_life(bench: Callable[[str], Bench]) -> None:
     b = bench(
         "for i in range(12):\n    time.sleep(0.1); print('PROGRESS', i, 12, file=sys.stderr, flush=True)\n"
@@ -257,6 +263,7 @@ def test_term_is_given_grace(bench: Callable[[str], Bench], tmp_path: Path) -> N
     assert (tmp_path / "cleaned").exists()
 
 
+@pytest.mark.fault("driver", "ignores TERM")
 def test_driver_that_ignores_term_is_killed(bench: Callable[[str], Bench]) -> None:
     b = bench("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)")
     with pytest.raises(DriverFailed, match="not finished"):
@@ -264,6 +271,7 @@ def test_driver_that_ignores_term_is_killed(bench: Callable[[str], Bench]) -> No
 
 
 @pytest.mark.parametrize("leave_group", [False, True])
+@pytest.mark.fault("driver", "forks a child that keeps the pipes open")
 def test_child_that_keeps_the_pipes(bench: Callable[[str], Bench], tmp_path: Path, leave_group: bool) -> None:
     b = bench(shell(background(tmp_path, "sleep 1000", leave_group=leave_group)))
     assert took(b.run) < 10
@@ -284,6 +292,7 @@ def background(tmp_path: Path, command: str, *, leave_group: bool) -> str:
     )
 
 
+@pytest.mark.fault("driver", "forks a child that keeps the pipes open")
 def test_endless_child_that_floods_after_the_exit(bench: Callable[[str], Bench], tmp_path: Path) -> None:
     b = bench(shell(background(tmp_path, "yes >&2", leave_group=True)))
     try:
@@ -292,6 +301,7 @@ def test_endless_child_that_floods_after_the_exit(bench: Callable[[str], Bench],
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.fault("driver", "1 GB on stdout")
 def test_1_gb_on_stdout(bench: Callable[[str], Bench]) -> None:
     b = bench("piece = b'x' * (1 << 20)\nfor _ in range(1024): os.write(1, piece)\n")
     before = reset_peak_kib()
@@ -301,6 +311,7 @@ def test_1_gb_on_stdout(bench: Callable[[str], Bench]) -> None:
 
 
 @pytest.mark.parametrize("piece", ["b'x' * (1 << 20)", "b'\\n' * (1 << 20)", "b'line\\n' * (1 << 18)"])
+@pytest.mark.fault("driver", "1 GB on stderr")
 def test_1_gb_on_stderr(bench: Callable[[str], Bench], piece: str) -> None:
     b = bench(
         f"piece = {piece}\nfor _ in range(1024): os.write(2, piece)\n"
@@ -323,6 +334,7 @@ def test_progress_is_seen_in_a_flood(bench: Callable[[str], Bench]) -> None:
     assert b.logged[-1][1].endswith("further lines were not kept")
 
 
+@pytest.mark.fault("driver", "a 100 MB line")
 def test_100_mb_line(bench: Callable[[str], Bench]) -> None:
     b = bench("for _ in range(100): os.write(2, b'y' * (1 << 20))\nsys.exit(1)")
     with pytest.raises(DriverFailed) as caught:
@@ -331,6 +343,7 @@ def test_100_mb_line(bench: Callable[[str], Bench]) -> None:
     assert str(caught.value).startswith("yyyy")
 
 
+@pytest.mark.fault("driver", "NUL, non-UTF-8 and escapes in its output")
 def test_nul_non_utf8_and_escapes(bench: Callable[[str], Bench]) -> None:
     b = bench(
         "os.write(1, b'\\0\\xff\\xfe=\\n\\0\\nTOTAL_MB=30\\nUSED_MB=1\\nFREE_MB=2\\xff\\n')\n"
@@ -341,11 +354,13 @@ def test_nul_non_utf8_and_escapes(bench: Callable[[str], Bench]) -> None:
     assert b.logged == [(6, f"a{mark}b{mark}c{mark}[2Jd e")]
 
 
+@pytest.mark.fault("driver", "does not read its request, or reads it slowly")
 def test_100_mb_request_is_never_read(bench: Callable[[str], Bench]) -> None:
     b = bench(shell(f"printf '{GOOD}'; sleep 0.3"))
     assert took(lambda: b.run(request=big_request())) < 20
 
 
+@pytest.mark.fault("driver", "does not read its request, or reads it slowly")
 def test_100_mb_request_is_read_slowly_and_whole(bench: Callable[[str], Bench]) -> None:
     b = bench(
         f"n = 0\nwhile p := os.read(0, 1 << 20): n += len(p)\nprint(n, file=sys.stderr)\nprint('{GOOD}')"
@@ -354,6 +369,7 @@ def test_100_mb_request_is_read_slowly_and_whole(bench: Callable[[str], Bench]) 
     assert int(b.logged[0][1]) > 100_000_000
 
 
+@pytest.mark.fault("driver", "does not read its request, or reads it slowly")
 def test_stdin_closed_early_and_stdout_closed_early(bench: Callable[[str], Bench]) -> None:
     b = bench(
         f"print('{GOOD}', flush=True)\nos.close(0)\nos.close(1)\n"
@@ -429,6 +445,7 @@ def test_stdout_goes_to_the_descriptor(bench: Callable[[str], Bench], tmp_path: 
     assert b.progress == [(8, 8)]
 
 
+@pytest.mark.fault("driver", "interpreter absent")
 def test_interpreter_that_is_absent(bench: Callable[[str], Bench]) -> None:
     with pytest.raises(DriverBug, match="cannot be started: No such file"):
         bench("#!/nonexistent/interpreter\n").run()
@@ -454,6 +471,7 @@ def test_log_that_raises_kills_the_driver(bench: Callable[[str], Bench]) -> None
     assert not is_alive(pids[0])
 
 
+@pytest.mark.fault("driver", "leaves file descriptors and processes")
 def test_nothing_is_left_open(bench: Callable[[str], Bench]) -> None:
     b = bench(shell(f"printf '{GOOD}'"))
     b.run()
