@@ -197,6 +197,7 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
      (77, PermissionDenied), (1, DriverFailed), (255, DriverFailed), (42, DriverFailed), (3, DriverFailed)],
 )  # fmt: skip
 @pytest.mark.fault("driver", "unknown exit code")
+@pytest.mark.fault("driver", "success printed, then exit 1")
 def test_exit_codes(bench: Callable[[str], Bench], code: int, error: type[OnedBackupError]) -> None:
     b = bench(
         shell(f"printf '{GOOD}'; echo '<7>first' >&2; echo '<3>12 GB needed' >&2; echo >&2; exit {code}")

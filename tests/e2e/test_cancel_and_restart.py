@@ -147,6 +147,7 @@ def site(libvirtd: Libvirtd) -> Iterator[Site]:
 
 
 @pytest.mark.guest
+@pytest.mark.fault("concurrency", "cancel in mid-transfer on a real guest")
 def test_a_backup_is_cancelled_in_mid_transfer(site: Site) -> None:
     before, points = site.checkpoints(), site.points()
     old = site.compare(0, sorted(site.directory.glob("truth-0-*")))
@@ -162,6 +163,7 @@ def test_a_backup_is_cancelled_in_mid_transfer(site: Site) -> None:
 
 
 @pytest.mark.guest
+@pytest.mark.fault("daemon", "daemon killed while a real guest is in mid-transfer")
 def test_the_daemon_is_killed_in_mid_transfer(site: Site) -> None:
     before, points = site.checkpoints(), site.points()
     operation_id = site.hold()

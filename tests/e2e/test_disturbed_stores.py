@@ -99,6 +99,7 @@ def has_noticed(site: Site, operation_id: str, tried: set[int]) -> bool:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+@pytest.mark.fault("store", "unreachable in mid-transfer")
 def test_the_cable_is_pulled(site: Site, vm: SiteVm, share: float) -> None:
     backup = site.netlab["backup"]
     site.write(vm, "big", KIB)
@@ -114,6 +115,7 @@ def test_the_cable_is_pulled(site: Site, vm: SiteVm, share: float) -> None:
     assert site.finish(running)["state"] == "DONE", "it is tried again until the link is back"
 
 
+@pytest.mark.fault("store", "full in mid-transfer")
 def test_the_servers_disk_is_full(site: Site, vm: SiteVm) -> None:
     backup, filler = site.netlab["backup"], f"/srv/{vm.store}/.filler"
     free = int(backup.run(["df", "-B1", "--output=avail", f"/srv/{vm.store}"]).stdout.split()[-1])
@@ -127,6 +129,7 @@ def test_the_servers_disk_is_full(site: Site, vm: SiteVm) -> None:
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
+@pytest.mark.fault("store", "program (rsync, restic) killed here or there")
 def test_the_program_is_killed(site: Site, vm: SiteVm, where: str) -> None:
     """Here: restic or rsync on the daemon's machine; there: the server's side of the SSH connection."""
     backup = site.netlab["backup"]

@@ -148,6 +148,7 @@ def ended(product: Product, operation: str, timeout_s: float = 120) -> dict[str,
     return found
 
 
+@pytest.mark.fault("host", "hypervisor unreachable in mid-transfer")
 def test_a_cable_that_is_pulled_in_mid_transfer(
     netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_cable_that_is_pulled_in_mid_transfer(
     nothing_left(netlab)
 
 
+@pytest.mark.fault("daemon", "daemon killed while a real guest is in mid-transfer")
 def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
     netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
 ) -> None:
@@ -189,7 +191,17 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
     assert guest.shell("echo runs >/data/vdb/runs; cat /data/vdb/runs") == "runs"
 
 
-@pytest.mark.parametrize("moves", ["copied, off", "shared, running"])
+@pytest.mark.parametrize(
+    "moves",
+    [
+        pytest.param(
+            "copied, off", marks=pytest.mark.fault("change tracking", "VM moved to another host, off")
+        ),
+        pytest.param(
+            "shared, running", marks=pytest.mark.fault("change tracking", "VM moved to another host, running")
+        ),
+    ],
+)
 def test_a_vm_that_moves_keeps_its_chain(
     netlab: Netlab, product: Product, guest_on: Callable[..., Guest], moves: str
 ) -> None:

@@ -95,6 +95,7 @@ def test_suspended_for_the_instant_only(vm: BackedUpVm) -> None:
 
 
 @pytest.mark.parametrize("fs_freeze", ["SUSPEND", "AGENT"])
+@pytest.mark.fault("guest", "paused by somebody else")
 def test_guest_that_was_paused_stays_paused(vm: BackedUpVm, fs_freeze: str) -> None:
     vm.guest.suspend()
     try:
@@ -121,6 +122,7 @@ def test_frozen_guest_is_thawed_when_the_job_cannot_begin(vm: BackedUpVm, tmp_pa
     vm.assert_restores("vda")
 
 
+@pytest.mark.fault("change tracking", "checkpoint of a failed backup")
 def test_what_a_killed_pre_backup_left_is_removed_and_the_chain_goes_on(vm: BackedUpVm) -> None:
     vm.backup()
     backup = vm.next_backup()
@@ -144,6 +146,7 @@ def test_what_a_killed_pre_backup_left_is_removed_and_the_chain_goes_on(vm: Back
     vm.assert_restores("vda")
 
 
+@pytest.mark.fault("concurrency", "the same backup id again")
 def test_same_backup_id_again_after_nobody_cleaned_up(vm: BackedUpVm) -> None:
     vm.backup()
     backup = vm.next_backup()
@@ -163,6 +166,8 @@ def test_same_backup_id_again_after_nobody_cleaned_up(vm: BackedUpVm) -> None:
     vm.assert_nothing_left("op-00000000beef")
 
 
+@pytest.mark.fault("change tracking", "foreign bitmaps and checkpoints")
+@pytest.mark.fault("change tracking", "foreign backup job")
 def test_checkpoints_and_jobs_of_others_are_not_touched(vm: BackedUpVm, tmp_path: Path) -> None:
     domain = vm.guest.domain
     disks = "<disks><disk name='vda' checkpoint='bitmap'/><disk name='vdd' checkpoint='no'/></disks>"
@@ -189,6 +194,8 @@ def test_checkpoints_and_jobs_of_others_are_not_touched(vm: BackedUpVm, tmp_path
             domain.checkpointLookupByName(name).delete(0)
 
 
+@pytest.mark.fault("change tracking", "checkpoint without bitmap")
+@pytest.mark.fault("change tracking", "bitmap without checkpoint")
 def test_lost_metadata_is_redefined_and_a_lost_bitmap_makes_that_disk_full(vm: BackedUpVm) -> None:
     point = vm.backup()
     domain = vm.guest.domain
@@ -228,6 +235,9 @@ def test_staged_files_are_the_same_backup(vm: BackedUpVm) -> None:
         vm.assert_restores(target)
 
 
+@pytest.mark.fault("guest", "disk plugged in between backups")
+@pytest.mark.fault("change tracking", "external snapshot by somebody else")
+@pytest.mark.fault("change tracking", "overlay committed")
 def test_disk_plugged_in_and_external_snapshot_in_mid_chain(
     make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
 ) -> None:
@@ -272,6 +282,7 @@ def blank_guest(make_guest: Callable[..., Guest], tmp_path: Path) -> Guest:
     return guest
 
 
+@pytest.mark.fault("guest", "agent absent")
 def test_guest_without_agent_is_backed_up_with_a_warning(blank_guest: Guest, back_up: BackUp) -> None:
     vm = back_up(blank_guest)
     point = vm.backup(fs_freeze="AGENT")
@@ -280,6 +291,7 @@ def test_guest_without_agent_is_backed_up_with_a_warning(blank_guest: Guest, bac
     assert any("agent is not connected" in line for line in vm.log)
 
 
+@pytest.mark.fault("guest", "agent hung")
 def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) -> None:
     vm = back_up(guest)
     guest.shell("(sleep 0.2; killall -STOP qemu-ga) >/dev/null 2>&1 </dev/null &")
@@ -291,6 +303,7 @@ def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) 
     vm.vmm("thaw", DOMAIN=guest.uuid)
 
 
+@pytest.mark.fault("guest", "freeze longer than the limit")
 def test_freeze_that_takes_longer_than_the_limit_is_thawed_when_it_is_done(
     guest: Guest, back_up: BackUp
 ) -> None:
@@ -309,6 +322,7 @@ def _is_frozen(guest: Guest) -> bool:
     return bool(guest.agent("guest-fsfreeze-status") == "frozen")
 
 
+@pytest.mark.fault("host", "QEMU under another user")
 def test_qemu_of_another_user(short_dir: Path) -> None:
     directory = short_dir / "guest"
     directory.mkdir()
@@ -344,6 +358,7 @@ def test_scratch_is_where_it_was_asked_for(blank_guest: Guest, back_up: BackUp, 
     assert point.exports.checkpoint.startswith(f"odb-{INSTALLATION}-")
 
 
+@pytest.mark.fault("host", "scratch full in mid-transfer")
 def test_full_scratch_ends_the_backup_and_not_the_guest(
     make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
 ) -> None:
@@ -378,6 +393,7 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
     vm.assert_restores("vdb")
 
 
+@pytest.mark.fault("host", "libvirtd restarted in mid-transfer")
 def test_watchman_outlives_a_restart_of_libvirtd(short_dir: Path) -> None:
     directory = short_dir / "guest"
     (directory / "lost").mkdir(parents=True)
@@ -402,6 +418,7 @@ def test_watchman_outlives_a_restart_of_libvirtd(short_dir: Path) -> None:
         guest.destroy()
 
 
+@pytest.mark.fault("guest", "suspended by an attempt that was killed")
 def test_guest_that_a_killed_attempt_has_suspended_goes_on(blank_guest: Guest, back_up: BackUp) -> None:
     vm = back_up(blank_guest)
     operation_dir = vm.socket_dir / "op-00000000dead"
@@ -417,6 +434,7 @@ def test_guest_that_a_killed_attempt_has_suspended_goes_on(blank_guest: Guest, b
     vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
 
 
+@pytest.mark.fault("host", "too little scratch at the start")
 def test_scratch_space_is_required_before_the_guest_is_frozen(
     blank_guest: Guest, back_up: BackUp, tmp_path: Path
 ) -> None:

@@ -20,6 +20,9 @@ pytestmark = pytest.mark.guest
 BackUp = Callable[[Guest], BackedUpVm]
 
 
+@pytest.mark.fault("guest", "QEMU killed between backups")
+@pytest.mark.fault("change tracking", "bitmap inconsistent")
+@pytest.mark.fault("change tracking", "image written while off by another program")
 def test_chain_goes_on_from_running_to_off_to_running(
     make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
 ) -> None:
@@ -80,6 +83,7 @@ def off(make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path) -> Ba
     return back_up(make_guest([data_disk(tmp_path, 16)], start=False, boot="disk", agent=False))
 
 
+@pytest.mark.fault("change tracking", "external snapshot by somebody else")
 def test_changes_on_both_sides_of_an_overlay_made_by_libvirt(off: BackedUpVm, tmp_path: Path) -> None:
     base, overlay = tmp_path / "data.qcow2", tmp_path / "overlay.qcow2"
     off.backup()
@@ -99,6 +103,7 @@ def test_changes_on_both_sides_of_an_overlay_made_by_libvirt(off: BackedUpVm, tm
     assert bitmaps(overlay) == {point.exports.checkpoint}
 
 
+@pytest.mark.fault("change tracking", "external snapshot, overlay grown")
 def test_changes_that_cannot_be_merged_make_the_disk_full(off: BackedUpVm, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.qcow2"
     off.backup()
@@ -125,6 +130,7 @@ def test_changes_that_cannot_be_merged_make_the_disk_full(off: BackedUpVm, tmp_p
     off.assert_restores("vda")
 
 
+@pytest.mark.fault("change tracking", "bitmap switched off")
 def test_bitmap_that_was_switched_off_is_not_believed(off: BackedUpVm, tmp_path: Path) -> None:
     disk = str(tmp_path / "data.qcow2")
     checkpoint = off.backup().exports.checkpoint
@@ -134,6 +140,7 @@ def test_bitmap_that_was_switched_off_is_not_believed(off: BackedUpVm, tmp_path:
     off.assert_restores("vda")
 
 
+@pytest.mark.fault("change tracking", "linked clone on the image")
 def test_linked_clone_leaves_the_bitmaps_of_its_base_alone(
     off: BackedUpVm, make_guest: Callable[..., Guest], tmp_path: Path
 ) -> None:
@@ -152,6 +159,7 @@ def test_linked_clone_leaves_the_bitmaps_of_its_base_alone(
     off.assert_restores("vda")
 
 
+@pytest.mark.fault("guest", "another domain has taken its name")
 def test_another_domain_of_the_same_name_is_another_vm(
     off: BackedUpVm, make_guest: Callable[..., Guest], tmp_path: Path
 ) -> None:
@@ -166,6 +174,7 @@ def test_another_domain_of_the_same_name_is_another_vm(
         other.destroy()
 
 
+@pytest.mark.fault("guest", "image replaced under the same name")
 def test_another_image_under_the_same_name_is_stored_whole(off: BackedUpVm, tmp_path: Path) -> None:
     off.backup()
     disk = tmp_path / "data.qcow2"
@@ -177,6 +186,7 @@ def test_another_image_under_the_same_name_is_stored_whole(off: BackedUpVm, tmp_
     off.assert_restores("vda")
 
 
+@pytest.mark.fault("guest", "stopped between plan and freeze")
 def test_wrong_state_is_busy_and_nothing_is_left(off: BackedUpVm) -> None:
     files = off.directory / "files"
     files.mkdir()
@@ -188,6 +198,7 @@ def test_wrong_state_is_busy_and_nothing_is_left(off: BackedUpVm) -> None:
     off.assert_nothing_left("op-00000000000b")
 
 
+@pytest.mark.fault("host", "image in use by another process")
 def test_image_in_use_by_somebody_else_is_busy_and_keeps_the_chain(off: BackedUpVm, tmp_path: Path) -> None:
     off.backup()
     other = Guest(off.guest.libvirtd, tmp_path, "other", off.guest.disks, boot="disk", agent=False)
@@ -201,6 +212,7 @@ def test_image_in_use_by_somebody_else_is_busy_and_keeps_the_chain(off: BackedUp
     assert off.backup().reason("vda") == "increment"
 
 
+@pytest.mark.fault("guest", "starts while it is backed up off")
 def test_killed_in_the_off_state_and_started_before_the_clean_up(off: BackedUpVm) -> None:
     off.backup()
     backup = off.next_backup()

@@ -100,6 +100,7 @@ def test_abort_backup_ends_our_job(vm: BackedUpVm) -> None:
         assert not vm.guest.has_backup_job()
 
 
+@pytest.mark.fault("host", "hypervisor unreachable at the start")
 def test_unreachable_libvirt_is_unknown_and_not_absent(vm: BackedUpVm) -> None:
     template = vm.host.element.find("TEMPLATE")
     assert template is not None

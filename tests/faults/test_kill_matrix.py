@@ -56,6 +56,18 @@ UNDOS = {
     "download": (("fs.download.acted", "download.undo-DOWNLOAD"),),
     "retention": (("fs.increment_flatten.acted", "flatten.undo-MERGE"),),
 }
+#: what is proved of the daemon by the rows of each kind of operation; see table.py
+DAEMON_KILLED = {
+    "backup": pytest.mark.fault("daemon", "daemon killed at a step of a backup"),
+    "restore": pytest.mark.fault("daemon", "daemon killed at a step of a restore"),
+    "verify": pytest.mark.fault("daemon", "daemon killed at a step of a verification or download"),
+    "download": pytest.mark.fault("daemon", "daemon killed at a step of a verification or download"),
+    "delete": pytest.mark.fault("daemon", "daemon killed at a step of a removal"),
+    "retention": pytest.mark.fault("daemon", "daemon killed at a step of a merge (flatten)"),
+}
+BOTH_KILLED = pytest.mark.fault("daemon", "daemon and driver killed together")
+DRIVER_KILLED = pytest.mark.fault("daemon", "driver killed at a step of an operation")
+KILLED_IN_UNDO = pytest.mark.fault("daemon", "killed in an undo")
 #: actions that may be taken beside these operations, and change nothing
 ASIDE = ("fs.monitor", "fs.ls", "dummy.monitor")
 ALL_MOMENTS = ("intend", "begun", "acted", "ended")
@@ -95,11 +107,23 @@ def rows(*, whole: bool) -> Iterator[tuple[str, str]]:
                 yield kind, f"{cause}=kill,{undo}.{moment}=kill"
 
 
+def fault(kind: str, armed: str) -> pytest.MarkDecorator:
+    """What a row proves."""
+    if "," in armed:
+        return KILLED_IN_UNDO
+    if armed.endswith("=kill-both"):
+        return BOTH_KILLED
+    if armed.startswith(ACTIONS[kind]) and armed.endswith("=kill"):
+        return DRIVER_KILLED
+    return DAEMON_KILLED[kind]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The rows of the matrix, as many as were asked for."""
     if "armed" in metafunc.fixturenames:
         whole = bool(metafunc.config.getoption("--whole-matrix"))
-        metafunc.parametrize(("kind", "armed"), list(rows(whole=whole)))
+        every = [pytest.param(*row, marks=fault(*row)) for row in rows(whole=whole)]
+        metafunc.parametrize(("kind", "armed"), every)
 
 
 @pytest.fixture(scope="module")

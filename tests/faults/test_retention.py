@@ -70,6 +70,8 @@ def test_single_increments_go(site: Simulation) -> None:
     assert site.backup() == "FULL"
 
 
+@pytest.mark.fault("concurrency", "flatten beside a backup")
+@pytest.mark.fault("concurrency", "flatten beside a restore")
 def test_backups_and_restores_run_beside_a_merge(site: Simulation) -> None:
     gate = site.directory / "gate"
     site.arm(f"fs.increment_flatten.begun=wait:{gate}")
@@ -84,6 +86,7 @@ def test_backups_and_restores_run_beside_a_merge(site: Simulation) -> None:
     site.assert_sound(restore_all=True)
 
 
+@pytest.mark.fault("concurrency", "delete beside a restore of the same chain")
 def test_what_a_restore_reads_is_not_removed_under_it(site: Simulation) -> None:
     gate = site.directory / "gate"
     site.arm(f"fs.download.begun=wait:{gate}")
@@ -103,6 +106,8 @@ def test_what_a_restore_reads_is_not_removed_under_it(site: Simulation) -> None:
     site.assert_sound(restore_all=True)
 
 
+@pytest.mark.fault("data", "broken increment in mid-chain: flatten")
+@pytest.mark.fault("data", "broken increment in mid-chain: next backup")
 def test_damage_is_not_merged(site: Simulation) -> None:
     folder = next(path for path in site.store.glob("0/*") if path.name == site.points()[1]["backup_id"])
     disk = folder / "disk.0.1"

@@ -54,6 +54,7 @@ def qemu_img(*arguments: str | Path) -> None:
 
 
 @pytest.mark.parametrize("options", ["", "compression_type=zstd", "compression_type=zlib"])
+@pytest.mark.fault("data", "damaged image of somebody else")
 def test_damaged_images_are_read_or_refused(tmp_path: Path, options: str) -> None:
     raw, image = tmp_path / "raw", tmp_path / "image.qcow2"
     with raw.open("wb") as file:

@@ -164,6 +164,8 @@ def test_full_mode_has_no_increments(store, disk, lab):
         store.call("ls", {"INCREMENT_ID": "1"}, image=image)
 
 
+@pytest.mark.fault("odd inputs", "disk of 0 bytes")
+@pytest.mark.fault("odd inputs", "disk of an unaligned size")
 def test_small_disks_and_none_at_all(store, tmp_path, lab):
     empty = lab.Disk.create(tmp_path / "empty", 0, 3)
     odd = lab.Disk.create(tmp_path / "odd", 70_144, 4)
@@ -265,6 +267,7 @@ def test_first_backups_of_several_vms_at_once(store, disk, lab):
 
 
 @pytest.mark.parametrize("backup_id", ["../x", "a b", "-x", ".hidden", "$(id)", "a'b", "x" * 65, "a/b", "é"])
+@pytest.mark.fault("odd inputs", "backup ids that are no names")
 def test_an_id_that_is_no_name_is_refused(store, backup_id):
     with pytest.raises(DriverFailed):
         store.backup(backup_id, Exports(disks=(), files=("vm.xml",)))

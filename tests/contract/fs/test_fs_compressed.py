@@ -60,6 +60,7 @@ def test_what_is_stored(packed: Chain) -> None:
     assert done <= total
 
 
+@pytest.mark.fault("data", "flipped bit in a compressed disk")
 def test_damage_in_the_head_and_in_the_data(packed: Chain, tmp_path: Path) -> None:
     for place in (3, (4 << 16) + 3, (5 << 16) + 20):
         root = tmp_path / str(place)

@@ -32,7 +32,19 @@ def restores(store, number, expected):
     return True
 
 
-@pytest.mark.parametrize("name", ["vm.xml", "nvram.fd", "disk.0.1", "disk.0.1.blocks", "manifest.json"])
+DOCUMENT = pytest.mark.fault("data", "flipped bit in domain, VM or firmware documents")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vm.xml", marks=DOCUMENT),
+        pytest.param("nvram.fd", marks=DOCUMENT),
+        pytest.param("disk.0.1", marks=pytest.mark.fault("data", "flipped bit in a disk")),
+        pytest.param("disk.0.1.blocks", marks=pytest.mark.fault("data", "flipped bit in a disk's checksums")),
+        pytest.param("manifest.json", marks=pytest.mark.fault("data", "flipped bit in the manifest")),
+    ],
+)
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_one_flipped_bit_in_any_file(chain, name, share):
     store = chain.store
@@ -52,6 +64,7 @@ def test_one_flipped_bit_in_any_file(chain, name, share):
 
 
 @pytest.mark.parametrize("offset", [*range(0, 104, 7), 65536, 65540, 131072, 131080, 196608, 262144, 262150])
+@pytest.mark.fault("data", "flipped bit in a disk")
 def test_no_flipped_bit_of_an_image_changes_what_is_restored(chain, offset):
     """Header, refcounts and tables are proved like the data."""
     path = chain.store.path(IDS[1]) / "disk.0.1"
@@ -65,6 +78,8 @@ def test_no_flipped_bit_of_an_image_changes_what_is_restored(chain, offset):
 
 @pytest.mark.parametrize("name", ["vm.xml", "disk.0.1", "disk.0.1.blocks", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "extended"])
+@pytest.mark.fault("data", "missing file")
+@pytest.mark.fault("data", "truncated or extended file")
 def test_a_file_that_is_missing_or_of_another_size(chain, name, damage):
     store = chain.store
     path = store.path(IDS[1]) / name
@@ -86,6 +101,7 @@ def test_a_file_that_is_missing_or_of_another_size(chain, name, damage):
     assert restores(store, 0, chain.expected[0])
 
 
+@pytest.mark.fault("data", "swapped files")
 def test_swapped_files_and_foreign_files(chain):
     store = chain.store
     one, two = store.path(IDS[0]) / "vm.xml", store.path(IDS[0]) / "nvram.fd"
@@ -102,6 +118,7 @@ def test_swapped_files_and_foreign_files(chain):
     assert not restores(store, 1, chain.expected[1])
 
 
+@pytest.mark.fault("data", "digests forged to fit a changed image")
 def test_digests_that_fit_a_changed_image_are_not_believed(chain):
     """The manifest proves the digests: an old image with its own digests is not the one that was stored."""
     store = chain.store
@@ -111,6 +128,7 @@ def test_digests_that_fit_a_changed_image_are_not_believed(chain):
     assert set(store.failures(PERCENT="100")[IDS[2]]) == {"disk.0.2", "disk.0.2.blocks"}
 
 
+@pytest.mark.fault("data", "swapped backups")
 def test_swapped_backups(chain):
     store = chain.store
     one, two, aside = store.path(IDS[1]), store.path(IDS[2]), store.path("aside")
@@ -156,6 +174,7 @@ def test_salvage_fills_with_zeros_what_cannot_be_proved_and_says_so(chain, tmp_p
 
 @pytest.mark.parametrize("name", ["manifest.json", "vm.xml", "disk.0.1", "disk.0.1.blocks"])
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+@pytest.mark.fault("data", "file that is no regular file")
 def test_what_is_no_regular_file_is_not_followed(chain, tmp_path, name, kind):
     store = chain.store
     path = store.path(IDS[1]) / name

@@ -153,6 +153,7 @@ def test_backup_cancel_removes_what_a_killed_driver_left_and_nothing_else(chain)
 
 
 @needs_mount
+@pytest.mark.fault("store", "full at the start")
 def test_a_full_store_tells_numbers_and_keeps_no_debris(small, store, disk, lab):
     small("size=2M", store.base)
     with disk.served() as socket, pytest.raises(NoSpace, match=r"[34] MB needed, 1 MB free"):
@@ -161,6 +162,7 @@ def test_a_full_store_tells_numbers_and_keeps_no_debris(small, store, disk, lab)
 
 
 @needs_mount
+@pytest.mark.fault("store", "full in mid-transfer")
 def test_a_store_that_fills_up_on_the_way(small, store, disk, lab):
     small("size=64M,nr_inodes=7", store.base)
     with disk.served() as socket, pytest.raises(NoSpace, match="MB needed"):
@@ -183,6 +185,7 @@ def test_a_full_target_tells_numbers_and_leaves_no_file(small, chain, tmp_path):
 
 
 @needs_mount
+@pytest.mark.fault("store", "read-only")
 def test_a_read_only_store_can_be_read_and_not_written(small, store, disk, lab):
     small("size=64M", store.base)
     with disk.served() as socket:
@@ -203,6 +206,7 @@ URL = f"fs://100/-/0:{IDS[0]}/7/disk.0"
 
 @pytest.mark.parametrize("action", [*READING, "monitor", "rm", "catalogue", "backup_cancel", "backup"])
 @pytest.mark.parametrize("how", ["gone", "a file", "not mounted"])
+@pytest.mark.fault("store", "unreachable at the start")
 def test_a_store_that_is_not_there_is_unavailable_not_empty(chain, action, how):
     store = chain.store
     shutil.move(store.base, store.root / "aside")
@@ -219,6 +223,7 @@ def test_a_store_that_is_not_there_is_unavailable_not_empty(chain, action, how):
 
 
 @pytest.mark.parametrize("action", READING)
+@pytest.mark.fault("store", "an unmounted directory in its place")
 def test_a_backup_that_is_known_is_not_called_absent_because_nothing_is_mounted(chain, action):
     """Also where the caller does not list the datastore's images."""
     store = chain.store

@@ -175,6 +175,7 @@ def test_a_parent_that_was_merged_is_found_by_hand(chain, tmp_path):
     assert target.read_bytes() == chain.expected[2]
 
 
+@pytest.mark.fault("odd inputs", "a chain of 100 increments")
 def test_a_chain_of_a_hundred_is_read_and_merged_whatever_the_limit_of_open_files(chain):
     store = chain.store
     raw = store.manifest(IDS[2]).raw

@@ -54,6 +54,7 @@ def cut(sshd: Sshd) -> None:
 
 
 @BOTH
+@pytest.mark.fault("store", "unreachable in mid-transfer")
 def test_a_connection_that_is_cut_is_continued(
     compression: str, make: Callable[..., Store], disk: Disk, sshd: Sshd, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_connection_that_is_cut_is_continued(
 
 
 @BOTH
+@pytest.mark.fault("store", "program (rsync, restic) killed here or there")
 def test_the_same_id_again_continues_what_a_killed_driver_left(
     compression: str, make: Callable[..., Store], disk: Disk, tmp_path: Path
 ) -> None:
@@ -132,6 +134,7 @@ def test_links_that_somebody_left_are_not_written_through(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+@pytest.mark.fault("store", "full in mid-transfer")
 def test_a_disk_that_fills_up_meanwhile_is_no_space_and_keeps_nothing(
     make: Callable[..., Store], disk: Disk
 ) -> None:

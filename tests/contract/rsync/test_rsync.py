@@ -51,6 +51,7 @@ def test_opennebulas_stores_are_read_where_they_are(make: Callable[..., Store], 
     assert foreign.store.download(foreign.store.url()) == foreign.expected[1]
 
 
+@pytest.mark.fault("store", "host key changed")
 def test_a_host_key_that_is_not_known_is_misconfigured(made_chain: Chain, sshd: Sshd) -> None:
     sshd.forget()
     try:
@@ -62,6 +63,7 @@ def test_a_host_key_that_is_not_known_is_misconfigured(made_chain: Chain, sshd: 
         sshd.accept()
 
 
+@pytest.mark.fault("store", "unreachable at the start")
 def test_a_server_that_is_down_is_unavailable(made_chain: Chain, sshd: Sshd) -> None:
     sshd.stop()
     try:

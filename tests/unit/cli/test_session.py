@@ -93,6 +93,7 @@ def test_damage_is_found_named_and_ends_the_chain(stack: Stack, tmp_path: Path) 
     assert stack.ok("image", "verify", "1").code == 0
 
 
+@pytest.mark.fault("daemon", "catalogue lost")
 def test_a_lost_catalogue_is_rebuilt_from_the_store(stack: Stack, tmp_path: Path) -> None:
     stack.ok("vm", "set", "web", "MODE=FULL")
     for name in ("web", "db", "web"):

@@ -80,6 +80,8 @@ def test_vms_run_side_by_side_up_to_the_hosts_limit(world: World, service: Servi
     assert states == {OperationState.DONE}
 
 
+@pytest.mark.fault("concurrency", "two backups of one VM")
+@pytest.mark.fault("concurrency", "delete beside a backup of the same chain")
 def test_one_operation_a_vm(world: World, service: Service) -> None:
     world.run("backup", vm_id=0)
     gate = Gate(world)
@@ -141,6 +143,7 @@ def test_a_stop_does_not_wait_for_ever(world: World, vms: list[int]) -> None:
     until(lambda: service.services.store.journal.get(operation.id).state.is_final)
 
 
+@pytest.mark.fault("daemon", "disk of the catalogue full")
 def test_an_end_that_cannot_be_written_is_written_later(
     world: World, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

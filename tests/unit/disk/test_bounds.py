@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MIB = 1 << 20
 
 _MEASURE = """
@@ -39,6 +41,7 @@ with open_export(sys.argv[1], "") as view:
 """
 
 
+@pytest.mark.fault("odd inputs", "disk of 8 TiB")
 def test_an_empty_disk_of_8_tib(qemu) -> None:
     disk = qemu.folder / "d"
     qemu.img("create", "-q", "-f", "qcow2", disk, "8T")
@@ -130,6 +133,7 @@ report(wall_s=time.monotonic() - start)
 """
 
 
+@pytest.mark.fault("odd inputs", "disk of 8 TiB")
 def test_restoring_a_chain_of_8_tib_that_is_mostly_empty(qemu) -> None:
     layers = []
     for number in range(4):

@@ -178,6 +178,7 @@ def test_cleaning_goes_on_if_the_store_is_gone(world: World) -> None:
     assert "DISCARD" in failed.result["notes"][0]
 
 
+@pytest.mark.fault("host", "hypervisor unreachable at the clean-up")
 def test_a_failed_clean_after_record_is_a_warning(world: World) -> None:
     world.drivers.script["post_backup_live"] = [DriverFailed("libvirtd died")]
     done = world.run("backup", vm_id=0)
@@ -186,6 +187,7 @@ def test_a_failed_clean_after_record_is_a_warning(world: World) -> None:
     assert world.services.vm(0).backup_ids == (0,)
 
 
+@pytest.mark.fault("guest", "stopped between plan and freeze")
 def test_a_domain_that_changes_its_state_is_planned_again(world: World) -> None:
     def stops(_request: Request) -> None:
         world.drivers.state = DomainState.OFF
@@ -224,6 +226,7 @@ def test_a_guest_that_stops_while_storing_is_backed_up_off_once(world: World) ->
     assert world.services.vm(0).state_name == "POWEROFF"
 
 
+@pytest.mark.fault("host", "hypervisor unreachable at the start")
 def test_what_may_pass_is_tried_again_until_the_limit(world: World) -> None:
     world.drivers.script["dump_xml"] = [Unavailable("no libvirtd"), Unavailable("no libvirtd")]
     done = world.run("backup", vm_id=0)
@@ -233,6 +236,7 @@ def test_what_may_pass_is_tried_again_until_the_limit(world: World) -> None:
     assert error_of(world.run("backup", vm_id=0))["code"] == "Unavailable"
 
 
+@pytest.mark.fault("store", "wrong password")
 def test_a_datastore_that_refuses_us_is_disabled(world: World) -> None:
     world.drivers.script["backup"] = [Misconfigured("wrong password")]
     world.run("backup", vm_id=0)
@@ -243,6 +247,7 @@ def test_a_datastore_that_refuses_us_is_disabled(world: World) -> None:
     assert world.drivers.actions.count("pre_backup_live") == 1
 
 
+@pytest.mark.fault("store", "full at the start")
 def test_no_room_is_found_before_the_guest_is_touched(world: World) -> None:
     world.run("backup", vm_id=0)
     full = {"TOTAL_MB": "10", "USED_MB": "10", "FREE_MB": "2"}
@@ -255,6 +260,7 @@ def test_no_room_is_found_before_the_guest_is_touched(world: World) -> None:
 
 
 @pytest.mark.parametrize("action", ["dump_xml", "monitor", "pre_backup_live", "backup"])
+@pytest.mark.fault("concurrency", "cancel at each step of a backup")
 def test_cancelled_at_any_step_leaves_nothing(world: World, action: str) -> None:
     first = world.run("backup", vm_id=0)
     world.services.measured_at.clear()
@@ -270,6 +276,7 @@ def test_cancelled_at_any_step_leaves_nothing(world: World, action: str) -> None
         assert kept(world)[-1] == (str(Outcome.CANCELLED), checkpoint(world, first))
 
 
+@pytest.mark.fault("concurrency", "cancel at each step of a backup")
 def test_a_cancel_after_record_comes_too_late(world: World) -> None:
     cancellation = Cancellation()
     world.drivers.script["post_backup_live"] = [lambda _request: cancellation.cancel()]
@@ -301,6 +308,7 @@ def test_driver_that_tells_no_manifest_gets_increments_too(world: World) -> None
 
 
 @pytest.mark.parametrize("manifest", ["no manifest", "{}"])
+@pytest.mark.fault("driver", "answers nonsense where a document is due")
 def test_manifest_that_breaks_the_contract_fails_the_backup(world: World, manifest: str) -> None:
     def broken(request: Request) -> dict[str, str]:
         assert request.backup is not None
@@ -313,6 +321,7 @@ def test_manifest_that_breaks_the_contract_fails_the_backup(world: World, manife
     assert not world.services.store.backups(vm_id=0)
 
 
+@pytest.mark.fault("daemon", "disk of the catalogue full")
 def test_a_journal_that_cannot_be_written_does_not_stop_the_cleaning(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

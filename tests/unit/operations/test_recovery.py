@@ -97,6 +97,7 @@ def test_a_removal_is_taken_up_again(world: World) -> None:
     assert world.services.store.find("image") == []
 
 
+@pytest.mark.fault("host", "hypervisor unreachable at the clean-up")
 def test_a_host_out_of_reach_does_not_hold_up_the_end(world: World) -> None:
     killed_in(world, "pre_backup_live", vm_id=0)
     for action in ("thaw", "abort_backup", "post_backup_live"):
@@ -128,6 +129,7 @@ def old_driver(path: Path, *, stubborn: bool) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.fault("daemon", "old driver lives on when the daemon comes back")
 def test_the_old_daemons_driver_is_ended_first(world: World, stubborn: bool) -> None:
     operation_id = killed_in(world, "backup", vm_id=0)
     path = lock_path(world.services.settings.run_dir, operation_id)

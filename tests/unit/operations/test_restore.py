@@ -115,6 +115,7 @@ def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path)
     assert names(tmp_path / "out") == ["disk.0.qcow2", "domain.xml", "nvram.fd"]
 
 
+@pytest.mark.fault("concurrency", "cancel of a restore")
 def test_cancelled_in_the_middle(stored: World, tmp_path: Path) -> None:
     cancellation = Cancellation()
     stored.drivers.script["download"] = [lambda _request: cancellation.cancel()]
