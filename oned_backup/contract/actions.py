@@ -64,6 +64,7 @@ _TABLE = (
     Action(Kind.DATASTORE, "prune", optional=("FREED_MB",)),
     Action(Kind.VMM, "monitor", ("DOMAINS",), mandatory=True),
     Action(Kind.VMM, "dump_xml", ("DOMAIN", "STATE"), ("CAPACITY",), mandatory=True),
+    Action(Kind.VMM, "dump_domains", ("DOMAINS",)),
     Action(Kind.VMM, "define", ("DEPLOY_ID",)),
     Action(Kind.VMM, "thaw"),
     Action(Kind.VMM, "abort_backup"),

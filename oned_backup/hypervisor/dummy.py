@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 import uuid as uuids
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -96,6 +97,12 @@ class DummyHost:
                 return domain
         raise NotFound(f"domain {key} is not defined on the host")
 
+    def find_all(self, uuids: Iterable[str]) -> Iterator[DummyDomain]:
+        """Those of these domains that there are."""
+        for uuid in uuids:
+            with suppress(NotFound):
+                yield self.find(uuid)
+
     def create(self, name: str, sizes: Mapping[str, int], *, state: str = "RUNNING") -> DummyDomain:
         """A new domain with empty disks of these sizes in bytes, by target."""
         uuid = str(uuids.uuid4())
@@ -120,7 +127,7 @@ class DummyHost:
             source, target = element.find("source"), element.find("target")
             if source is not None and target is not None and source.get("file"):
                 disks.append(DummyDisk(target.get("dev", ""), source.get("file", "")))
-        domain = DummyDomain(name, str(uuids.uuid4()), disks=tuple(disks))
+        domain = DummyDomain(name, xml.findtext("uuid") or str(uuids.uuid4()), disks=tuple(disks))
         self._save(domain)
         return domain
 

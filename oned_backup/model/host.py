@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 from oned_backup import xmldoc
@@ -106,17 +107,17 @@ def with_state(host: Host, state: HostState, error: str = "") -> Host:
     return Host(element)
 
 
-def with_vm(host: Host, vm_id: int) -> Host:
-    """`host` with a further imported VM."""
-    return _with_vms(host, {*host.vm_ids, vm_id})
+def with_vms(host: Host, vm_ids: Iterable[int]) -> Host:
+    """`host` with further imported VMs."""
+    return _with_ids(host, {*host.vm_ids, *vm_ids})
 
 
 def without_vm(host: Host, vm_id: int) -> Host:
     """`host` without that VM."""
-    return _with_vms(host, set(host.vm_ids) - {vm_id})
+    return _with_ids(host, set(host.vm_ids) - {vm_id})
 
 
-def _with_vms(host: Host, vm_ids: set[int]) -> Host:
+def _with_ids(host: Host, vm_ids: set[int]) -> Host:
     element = xmldoc.copy(host.element)
     xmldoc.put(element, "VMS", id_list(vm_ids))
     return Host(element)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from oned_backup import xmldoc
+from oned_backup.contract.actions import Kind
 from oned_backup.contract.result import document
-from oned_backup.errors import DriverBug
+from oned_backup.errors import DriverBug, NotFound
 from oned_backup.model.host import Host
 from oned_backup.model.vm import DomainState, Vm, sync_domain
 from oned_backup.operations.services import Caller, Services
@@ -37,6 +40,29 @@ def look_up_domain(caller: Caller, host: Host, name_or_uuid: str) -> DomainView:
         xml=document(answer, "DOMAIN"),
         state=_state(answer["STATE"]),
         capacity_bytes=_capacities(answer.get("CAPACITY", "")),
+    )
+
+
+def look_up_domains(caller: Caller, host: Host, uuids: Sequence[str]) -> dict[str, DomainView]:
+    """These domains by UUID, without those that the host has no more; one call if its driver can do that."""
+    if not caller.services.driver(Kind.VMM, host.vm_mad).supports("dump_domains"):
+        found = {}
+        for uuid in uuids:
+            with suppress(NotFound):
+                found[uuid] = look_up_domain(caller, host, uuid)
+        return found
+    answer = document(caller.vmm("dump_domains", host, options={"DOMAINS": ",".join(uuids)}), "DOMAINS")
+    return {xmldoc.text(entry, "UUID"): _view(entry) for entry in answer.iterfind("DOMAIN")}
+
+
+def _view(entry: xmldoc.Element) -> DomainView:
+    xml = entry.find("domain")
+    if xml is None:
+        raise DriverBug("DOMAINS: an entry without a domain")
+    return DomainView(
+        xml=xml,
+        state=_state(xmldoc.text(entry, "STATE")),
+        capacity_bytes=_capacities(xmldoc.text(entry, "CAPACITY")),
     )
 
 

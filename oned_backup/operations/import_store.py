@@ -120,7 +120,7 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
         and other.started_at is not None
         and (other.ended_at is None or other.ended_at >= began)
     }
-    return {vm.uuid for entry in tx.find("vm") if (vm := Vm(entry.element)).id in ids}
+    return {row["uuid"] for row in tx.rows("vm") if row["id"] in ids}
 
 
 def going(tx: Transaction) -> frozenset[str]:

@@ -13,11 +13,11 @@ from oned_backup.model import datastore as datastores
 from oned_backup.model.backup_config import RETENTION
 from oned_backup.model.datastore import Datastore, new_datastore, with_capacity, with_parameters
 from oned_backup.model.document import replace_all
-from oned_backup.model.host import Host, HostState, new_host, with_state, with_vm, without_vm
+from oned_backup.model.host import Host, HostState, new_host, with_state, with_vms, without_vm
 from oned_backup.model.selection import configure
 from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config
 from oned_backup.model.vm import with_state as with_vm_state
-from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domain
+from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domains
 from oned_backup.operations.services import Caller, Services, query_caller, secret_context
 from oned_backup.ssh.host_keys import HostKey, accept_host_key
 from oned_backup.ssh.libvirt_uri import parse_uri
@@ -25,6 +25,9 @@ from oned_backup.store import OperationState, Transaction
 
 #: for so long a measurement of a datastore is good enough to plan by
 FRESH_S = 300
+
+#: so many domains are imported in one transaction: others wait so long to write
+_AT_ONCE = 250
 
 #: what a backup that is under way does not look at again
 _MEANWHILE = RETENTION | {"FS_FREEZE", "CHAIN_LENGTH"}
@@ -124,41 +127,57 @@ def import_vms(
             raise NotFound(f"host {host.name} has no domain '{unknown[0][:64]}'", hint=f"It has {known}.")
         wanted = list(dict.fromkeys(by_name[name] for name in names))
     caller = query_caller(services, "import")
-    return [_import_vm(services, caller, host, domain) for domain in wanted]
+    imported: list[dict[str, Any]] = []
+    for first in range(0, len(wanted), _AT_ONCE):
+        imported += _import_some(services, caller, host, wanted[first : first + _AT_ONCE])
+    return imported
 
 
-def _import_vm(services: Services, caller: Caller, host: Host, domain: DomainSummary) -> dict[str, Any]:
-    view = look_up_domain(caller, host, domain.uuid)
-    now = int(services.clock())
+def _import_some(
+    services: Services, caller: Caller, host: Host, domains: Sequence[DomainSummary]
+) -> list[dict[str, Any]]:
+    views = look_up_domains(caller, host, [domain.uuid for domain in domains])
+    imported = []
     with services.store.transaction() as tx:
-        known = [Vm(entry.element) for entry in tx.find("vm", uuid=domain.uuid)]
-        old = next((vm for vm in known if vm.host_id == host.id), known[-1] if known else None)
+        for domain in domains:
+            if domain.uuid in views:  # else it was undefined since
+                vm, result = _import_vm(services, tx, host, domain, views[domain.uuid])
+                found = {"id": vm.id, "name": vm.name, "uuid": vm.uuid, "state": domain.state.value}
+                imported.append({**found, "result": result})
+        here = [entry["id"] for entry in imported if entry["result"] != "known"]
+        tx.change("host", host.id, lambda element: with_vms(Host(element), here).element)
+    return imported
 
-        def document(vm_id: int) -> Vm:
-            return new_vm(
-                vm_id,
-                name=domain.name,
-                placement=host.placement,
-                domain=view.xml,
-                state=view.state,
-                capacity_bytes=view.capacity_bytes,
-                date=now,
-            )
 
-        if old is None:
-            vm = Vm(tx.create("vm", lambda vm_id: document(vm_id).element))
-            tx.change("host", host.id, lambda element: with_vm(Host(element), vm.id).element)
-        elif old.host_id == host.id and old.state != VmState.DONE:
-            vm = old
-        else:
-            vm = _adopted(document(old.id), old, view)
-            if old.host_id != host.id and tx.find("host", name=old.host_name):
-                before = Host(tx.find("host", name=old.host_name)[0].element)
-                tx.change("host", before.id, lambda element: without_vm(Host(element), vm.id).element)
-            tx.change("vm", old.id, lambda _old: vm.element)
-            tx.change("host", host.id, lambda element: with_vm(Host(element), vm.id).element)
-    result = "imported" if old is None else "known" if vm is old else "adopted"
-    return {"id": vm.id, "name": vm.name, "uuid": vm.uuid, "state": domain.state.value, "result": result}
+def _import_vm(
+    services: Services, tx: Transaction, host: Host, domain: DomainSummary, view: DomainView
+) -> tuple[Vm, str]:
+    """The domain's VM, and what became of it; its host does not know yet that it has it."""
+    known = [Vm(entry.element) for entry in tx.find("vm", uuid=domain.uuid)]
+    old = next((vm for vm in known if vm.host_id == host.id), known[-1] if known else None)
+    now = int(services.clock())
+
+    def document(vm_id: int) -> Vm:
+        return new_vm(
+            vm_id,
+            name=domain.name,
+            placement=host.placement,
+            domain=view.xml,
+            state=view.state,
+            capacity_bytes=view.capacity_bytes,
+            date=now,
+        )
+
+    if old is None:
+        return Vm(tx.create("vm", lambda vm_id: document(vm_id).element)), "imported"
+    if old.host_id == host.id and old.state != VmState.DONE:
+        return old, "known"
+    vm = _adopted(document(old.id), old, view)
+    if old.host_id != host.id and tx.find("host", name=old.host_name):
+        before = Host(tx.find("host", name=old.host_name)[0].element)
+        tx.change("host", before.id, lambda element: without_vm(Host(element), vm.id).element)
+    tx.change("vm", old.id, lambda _old: vm.element)
+    return vm, "adopted"
 
 
 def _adopted(new: Vm, old: Vm, view: DomainView) -> Vm:

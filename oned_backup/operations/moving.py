@@ -12,7 +12,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from oned_backup.errors import NotFound, OnedBackupError, Unavailable
-from oned_backup.model.host import Host, HostState, with_vm, without_vm
+from oned_backup.model.host import Host, HostState, with_vms, without_vm
 from oned_backup.model.vm import DomainState, Vm, with_placement
 from oned_backup.operations.domains import list_domains, refresh_vm
 from oned_backup.operations.services import Caller, Services
@@ -66,7 +66,7 @@ def move(services: Services, vm_id: int, home: Host) -> Vm:
                     Host(entry.element).id,
                     lambda element: without_vm(Host(element), vm_id).element,
                 )
-        tx.change("host", home.id, lambda element: with_vm(Host(element), vm_id).element)
+        tx.change("host", home.id, lambda element: with_vms(Host(element), [vm_id]).element)
         moved = tx.change(
             "vm",
             vm_id,

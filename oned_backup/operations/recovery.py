@@ -37,11 +37,9 @@ def recover(services: Services, *, workers: int = 16) -> tuple[Operation, ...]:
     began = time.monotonic()
     with ThreadPoolExecutor(max_workers=max(min(workers, len(unfinished)), 1)) as pool:
         list(pool.map(lambda operation: _recover_one(services, operation, began + BUDGET_S), unfinished))
-    for entry in services.store.find("vm"):
-        if Vm(entry.element).in_backup:  # its operation ended without telling it
-            services.store.change(
-                "vm", Vm(entry.element).id, lambda element: backup_ended(Vm(element)).element
-            )
+    for row in services.store.rows("vm"):
+        if row["state"].startswith("BACKUP"):  # its operation ended without telling it
+            services.store.change("vm", row["id"], lambda element: backup_ended(Vm(element)).element)
     return tuple(services.store.journal.get(operation.id) for operation in unfinished)
 
 

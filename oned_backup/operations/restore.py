@@ -149,7 +149,7 @@ def _free_name(context: Context, host: Host | None, old: str) -> str:
 
 
 def _taken_names(context: Context, host: Host | None) -> set[str]:
-    names = {entry.element.findtext("NAME", "") for entry in context.services.store.find("vm")}
+    names = {row["name"] for row in context.services.store.rows("vm")}
     if host is not None:
         names |= {domain.name for domain in list_domains(context.caller, host)}
     return names

@@ -80,6 +80,7 @@ _DUTIES = {
         "The inactive XML, the state and the disks' sizes of the domain in the option DOMAIN.",
         "",
     ),
+    (Kind.VMM, "dump_domains"): ("The same of all domains whose UUIDs are in the option DOMAINS.", ""),
     (Kind.VMM, "define"): (
         "Define the domain whose XML is in the option DOMAIN.",
         "The daemon has rebuilt it.",

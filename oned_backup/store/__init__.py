@@ -1,6 +1,6 @@
 """Documents, restore points and the operation journal in one database."""
 
-from oned_backup.store.backups import Backup, BackupState
+from oned_backup.store.backups import Backup, BackupState, NewestGood, Points
 from oned_backup.store.documents import Versioned
 from oned_backup.store.journal import Journal, Operation, OperationState, Step, StepState
 from oned_backup.store.secrets import SecretBox
@@ -10,8 +10,10 @@ __all__ = [
     "Backup",
     "BackupState",
     "Journal",
+    "NewestGood",
     "Operation",
     "OperationState",
+    "Points",
     "SecretBox",
     "Step",
     "StepState",

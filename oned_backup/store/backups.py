@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 
 from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.store.database import Session
 from oned_backup.store.schema import backups
+
+
+#: more than can be read before it is looked again
+_MOST_DUE = 10_000
 
 
 class BackupState(StrEnum):
@@ -35,6 +40,40 @@ class Backup:
     state: BackupState = BackupState.GOOD
     #: what verification found
     failure: str = ""
+
+
+@dataclass(frozen=True)
+class Points:
+    """What the restore points of a VM or an image come to; times in seconds since 1970, None: never."""
+
+    points: int = 0
+    broken: int = 0
+    #: were never verified
+    unproved: int = 0
+    last_good_at: float | None = None
+    #: of the good ones
+    last_proved_at: float | None = None
+
+
+@dataclass(frozen=True)
+class NewestGood:
+    """The newest good restore point of a VM."""
+
+    backup_id: str
+    image_id: int
+    increment_id: int
+    stored_at: float
+    verified_at: float | None
+
+
+@dataclass(frozen=True)
+class ProofOfDatastore:
+    """How many backups a datastore has, how many are proved or broken, and when the oldest proof was made."""
+
+    backups: int
+    proved: int
+    broken: int
+    oldest_proof_at: float | None
 
 
 class Backups:
@@ -84,6 +123,67 @@ class Backups:
             found = [_backup(row) for row in connection.execute(query)]
         return sorted(found, key=lambda backup: (backup.image_id, backup.increment_id))
 
+    def points_of_vms(self, vm_id: int | None = None) -> dict[int, Points]:
+        """What the restore points of each VM (or of one) come to, by its id; VMs without any are left out."""
+        return self._points(backups.c.vm_id, vm_id)
+
+    def points_of_images(self, vm_id: int | None = None) -> dict[int, Points]:
+        """The same by image, of all VMs or of one."""
+        return self._points(backups.c.image_id, vm_id)
+
+    def newest_good(self, vm_id: int | None = None) -> dict[int, NewestGood]:
+        """The newest good restore point of each VM (or of one) that has one, by its id."""
+        c = backups.c
+        # SQLite takes the other columns from the row that has the maximum (lang_select, "bare columns").
+        query = sa.select(
+            c.vm_id, c.backup_id, c.image_id, c.increment_id, sa.func.max(c.stored_at), c.verified_at
+        )
+        query = query.where(c.state == BackupState.GOOD).group_by(c.vm_id)
+        with self._session.read() as connection:
+            found = connection.execute(_of_vm(query, vm_id)).all()
+        return {row[0]: NewestGood(*row[1:]) for row in found}
+
+    def _points(self, key: sa.Column[int], vm_id: int | None) -> dict[int, Points]:
+        good = backups.c.state == BackupState.GOOD
+        query = sa.select(
+            key,
+            sa.func.count(),
+            sa.func.sum(sa.case((backups.c.state == BackupState.BROKEN, 1), else_=0)),
+            sa.func.sum(sa.case((backups.c.verified_at.is_(None), 1), else_=0)),
+            sa.func.max(sa.case((good, backups.c.stored_at))),
+            sa.func.max(sa.case((good, backups.c.verified_at))),
+        ).group_by(backups.c.vm_id, key)
+        with self._session.read() as connection:
+            return {row[0]: Points(*row[1:]) for row in connection.execute(_of_vm(query, vm_id))}
+
+    def due_for_proof(self, datastore_id: int, *, now: float, every_s: float) -> list[str]:
+        """The good backups of a datastore that are to be read again, those that wait longest first.
+
+        That is when they are stored, and `every_s` seconds after they were proved.
+        """
+        proved = backups.c.verified_at.is_not(None) & (backups.c.verified_at <= now)
+        since = sa.case((proved, backups.c.verified_at + every_s), else_=backups.c.stored_at)
+        query = (
+            sa.select(backups.c.backup_id)
+            .where(backups.c.datastore_id == datastore_id, backups.c.state == BackupState.GOOD, since <= now)
+            .order_by(since)
+            .limit(_MOST_DUE)
+        )
+        with self._session.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def proof_of(self, datastore_id: int) -> ProofOfDatastore:
+        """How far the backups of a datastore are proved."""
+        proof = sa.case((backups.c.state == BackupState.GOOD, backups.c.verified_at))
+        query = sa.select(
+            sa.func.count(),
+            sa.func.count(proof),
+            sa.func.count().filter(backups.c.state == BackupState.BROKEN),
+            sa.func.min(proof),
+        ).where(backups.c.datastore_id == datastore_id)
+        with self._session.read() as connection:
+            return ProofOfDatastore(*connection.execute(query).one())
+
     def mark_backup(
         self,
         backup_id: str,
@@ -106,6 +206,10 @@ class Backups:
         """Remove the row; no error if there is none."""
         with self._session.write() as connection:
             connection.execute(backups.delete().where(backups.c.backup_id == backup_id))
+
+
+def _of_vm(query: sa.Select[Any], vm_id: int | None) -> sa.Select[Any]:
+    return query if vm_id is None else query.where(backups.c.vm_id == vm_id)
 
 
 def _backup(row: sa.Row[tuple[object, ...]]) -> Backup:

@@ -1,8 +1,12 @@
-"""Documents by kind and id, each with a version: who writes must have read the newest."""
+"""Documents by kind and id, each with a version: who writes must have read the newest.
+
+Lists take the row that is kept beside each document (`model.rows`), so that no XML is read for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +14,16 @@ import sqlalchemy as sa
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound
+from oned_backup.model import rows as list_rows
 from oned_backup.model.vm import Vm
 from oned_backup.store.database import Session
-from oned_backup.store.schema import documents, sequences
+from oned_backup.store.schema import documents, meta, sequences
 
 #: the kinds of documents and the id of the first; datastores below 100 are OpenNebula's own
 FIRST_IDS = {"vm": 0, "image": 0, "host": 0, "datastore": 100}
+
+#: the fact of the installation that says which version made the rows
+_ROWS = "rows"
 
 _SEARCHABLE = ("name", "uuid", "state", "host_id", "vm_id", "datastore_id")
 
@@ -56,8 +64,21 @@ class Documents:
 
         The columns: name, uuid, state, host_id, vm_id, datastore_id.
         """
-        _check(kind)
         query = sa.select(documents.c.id, documents.c.xml, documents.c.version)
+        return [
+            Versioned(xmldoc.parse(row.xml, what=kind), row.version)
+            for row in self._select(query, kind, columns)
+        ]
+
+    def rows(self, kind: str, **columns: str | int) -> list[dict[str, Any]]:
+        """What lists show of the documents that `find` would give: see `model.rows`."""
+        found = self._select(sa.select(documents.c.id, documents.c.row), kind, columns)
+        return [json.loads(row.row) for row in found]
+
+    def _select(
+        self, query: sa.Select[Any], kind: str, columns: Mapping[str, str | int]
+    ) -> list[sa.Row[Any]]:
+        _check(kind)
         query = query.where(documents.c.kind == kind)
         for name, value in columns.items():
             if name not in _SEARCHABLE:
@@ -65,8 +86,7 @@ class Documents:
             query = query.where(documents.c[name] == value)
         with self._session.read() as connection:
             # Sorted here: asked to, SQLite would walk the primary key instead of the column's index.
-            rows = sorted(connection.execute(query), key=lambda row: row.id)
-        return [Versioned(xmldoc.parse(row.xml, what=kind), row.version) for row in rows]
+            return sorted(connection.execute(query), key=lambda row: row.id)
 
     def update(self, kind: str, document_id: int, version: int, element: xmldoc.Element) -> Versioned:
         """Replace the document that was read as `version`; `Conflict` if it has changed since."""
@@ -146,6 +166,7 @@ def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, 
         raise InvalidInput(f"the document of {kind} {document_id} is {found}")
     columns: dict[str, Any] = dict.fromkeys(_SEARCHABLE)
     columns["xml"] = xmldoc.serialize(element)
+    columns["row"] = _row(kind, element)
     columns["name"] = element.findtext("NAME", "")
     columns["state"] = xmldoc.integer(element, "STATE")
     if kind == "vm":
@@ -155,6 +176,26 @@ def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, 
         columns["vm_id"] = xmldoc.integer(element, "VMS/ID", -1)
         columns["datastore_id"] = xmldoc.integer(element, "DATASTORE_ID")
     return columns
+
+
+def _row(kind: str, element: xmldoc.Element) -> str:
+    return json.dumps(list_rows.row(kind, element), ensure_ascii=False, separators=(",", ":"))
+
+
+def refresh_rows(session: Session) -> None:
+    """Make the rows again that another version of `model.rows` has made."""
+    version = str(list_rows.VERSION)
+    with session.write() as connection:
+        made_by = connection.execute(sa.select(meta.c.value).where(meta.c.key == _ROWS)).scalar_one_or_none()
+        if made_by == version:
+            return
+        keys = connection.execute(sa.select(documents.c.kind, documents.c.id)).all()
+        for kind, document_id in keys:
+            row = _row(kind, _get(connection, kind, document_id).element)
+            this = (documents.c.kind == kind) & (documents.c.id == document_id)
+            connection.execute(documents.update().where(this).values(row=row))
+        connection.execute(meta.delete().where(meta.c.key == _ROWS))
+        connection.execute(meta.insert().values(key=_ROWS, value=version))
 
 
 def _refuse_double(connection: sa.Connection, row: dict[str, Any]) -> None:

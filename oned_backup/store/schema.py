@@ -1,8 +1,8 @@
 """The tables. `migrations/` makes them; a test holds that both say the same.
 
 Documents are XML text with a version that every change counts up; beside the
-text there are columns only for what is looked for. At most one operation of a
-lock is RUNNING: a unique index holds that, whatever the code does.
+text there are columns only for what is looked for, and the row that lists show. At
+most one operation of a lock is RUNNING: a unique index holds that, whatever the code does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ documents = sa.Table(
     sa.Column("vm_id", sa.Integer),
     sa.Column("datastore_id", sa.Integer),
     sa.Column("xml", sa.Text, nullable=False),
+    #: JSON, made of the document; see `model.rows`
+    sa.Column("row", sa.Text, nullable=False, server_default="{}"),
     sa.Index("documents_by_name", "kind", "name"),
+    sa.Index("documents_by_uuid", "kind", "uuid"),
     sa.Index("documents_by_vm", "kind", "vm_id"),
     sa.Index("documents_by_datastore", "kind", "datastore_id"),
     sa.Index(
@@ -74,7 +77,17 @@ backups = sa.Table(
     sa.Column("verified_at", sa.Float),
     sa.Column("failure", sa.Text, nullable=False),
     sa.Column("manifest", sa.Text, nullable=False),
-    sa.Index("backups_by_vm", "vm_id"),
+    # covers what lists ask, so that they do not read the manifests
+    sa.Index(
+        "backups_by_vm",
+        "vm_id",
+        "image_id",
+        "state",
+        "stored_at",
+        "verified_at",
+        "increment_id",
+        "backup_id",
+    ),
     sa.Index("backups_by_datastore", "datastore_id"),
     sa.UniqueConstraint("image_id", "increment_id", name="backups_unique_increment"),
 )

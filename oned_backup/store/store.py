@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from oned_backup.store.backups import Backups
 from oned_backup.store.database import Database, Session, open_database
-from oned_backup.store.documents import Documents
+from oned_backup.store.documents import Documents, refresh_rows
 from oned_backup.store.journal import Journal
 from oned_backup.store.schema import meta
 
@@ -46,6 +46,7 @@ class Store(Documents, Backups):
         self.journal = Journal(database)
         #: 8 hex digits, random, the same for the life of the database
         self.installation = _installation(database)
+        refresh_rows(database)
 
     @classmethod
     def open(cls, location: str | os.PathLike[str], *, now: Callable[[], float] = time.time) -> Store:

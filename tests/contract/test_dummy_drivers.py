@@ -133,6 +133,20 @@ def test_hypervisor_actions(lab: Lab, tmp_path: Path) -> None:
         lab.vmm("dump_xml", DOMAIN="sim-3")
 
 
+def test_many_domains_at_once_are_told_as_each_alone(lab: Lab) -> None:
+    made = [lab.hypervisor.create(f"sim-{number}", {"vda": MIB, "vdb": 512}) for number in range(3)]
+    asked = [made[0].uuid, "11111111-0000-4000-8000-000000000001", made[2].uuid]
+    told = xmldoc.parse(lab.vmm("dump_domains", DOMAINS=",".join(asked))["DOMAINS"])
+    assert [xmldoc.text(entry, "UUID") for entry in told] == [made[0].uuid, made[2].uuid]
+    for entry in told:
+        alone = lab.vmm("dump_xml", DOMAIN=xmldoc.text(entry, "UUID"))
+        assert xmldoc.text(entry, "STATE") == alone["STATE"]
+        assert xmldoc.text(entry, "CAPACITY") == alone["CAPACITY"] == f"vda:{MIB},vdb:512"
+        domain = entry.find("domain")
+        assert domain is not None
+        assert xmldoc.serialize(domain) == alone["DOMAIN"]
+
+
 def test_what_is_restored_replaces_nothing_and_can_be_taken_back(lab: Lab, tmp_path: Path) -> None:
     (lab.directory / "files" / "domain.xml").write_text("<domain/>")
     target = tmp_path / "deep" / "er"

@@ -46,13 +46,21 @@ class Kvm(Driver):
         """A domain's definition, its state, and the virtual sizes of its disks."""
         with connected(_host(call).uri) as connection:
             domain = _domain(call, connection)
+            return {"DOMAIN": _definition(domain), **_measured(_machine(call), domain)}
+
+    def dump_domains(self, call: Call) -> Answer:
+        """The same of many domains, in one connection."""
+        found = []
+        with connected(_host(call).uri) as connection:
             machine = _machine(call)
-            sizes = {disk.target: _capacity(machine, domain, disk) for disk in disks(domain.xml())}
-            return {
-                "DOMAIN": xmldoc.parse(domain.inactive_xml(), what="domain"),
-                "STATE": domain.state.value,
-                "CAPACITY": ",".join(f"{target}:{size}" for target, size in sizes.items() if size),
-            }
+            for uuid in call.option("DOMAINS").split(","):
+                try:
+                    domain = find_domain(connection, uuid, uuid)
+                    values = {"UUID": domain.uuid, **_measured(machine, domain)}
+                    found.append(xmldoc.build("DOMAIN", {**values, "domain": [_definition(domain)]}))
+                except NotFound:  # undefined since
+                    continue
+        return {"DOMAINS": xmldoc.build("DOMAINS", found)}
 
     def define(self, call: Call) -> Answer:
         """Define a domain from XML that the daemon has rebuilt, with its TPM's state if it had one."""
@@ -127,6 +135,17 @@ def _domain(call: Call, connection: object) -> Domain:
 
     key = call.option("DOMAIN")
     return find_domain(connection, key if _is_uuid(key) else "", key)
+
+
+def _definition(domain: Domain) -> xmldoc.Element:
+    return xmldoc.parse(domain.inactive_xml(), what="domain")
+
+
+def _measured(machine: Machine, domain: Domain) -> dict[str, str]:
+    """STATE, and CAPACITY with the virtual sizes of its disks."""
+    sizes = {disk.target: _capacity(machine, domain, disk) for disk in disks(domain.xml())}
+    capacity = ",".join(f"{target}:{size}" for target, size in sizes.items() if size)
+    return {"STATE": domain.state.value, "CAPACITY": capacity}
 
 
 def _is_uuid(key: str) -> bool:

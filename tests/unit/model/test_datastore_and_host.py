@@ -70,7 +70,7 @@ def test_a_host_is_opennebula_s_document(host, assert_valid):
 
 
 def test_a_host_s_state_error_and_vms_are_kept(host, assert_valid):
-    failed = hosts.with_state(hosts.with_vm(hosts.with_vm(host, 7), 3), HostState.ERROR, "no answer")
+    failed = hosts.with_state(hosts.with_vms(host, [7, 3]), HostState.ERROR, "no answer")
 
     assert (failed.state_name, failed.error, failed.vm_ids) == ("ERROR", "no answer", (3, 7))
     assert_valid(failed.element)

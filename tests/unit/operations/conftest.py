@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from oned_backup import xmldoc
 from oned_backup.config import Retry, Settings
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
 from oned_backup.contract.request import Request
-from oned_backup.errors import Cancelled
+from oned_backup.errors import Cancelled, NotFound
 from oned_backup.model.datastore import new_datastore
 from oned_backup.model.host import new_host
 from oned_backup.model.manifest import dump_manifest
@@ -93,6 +93,18 @@ class ScriptedDrivers:
     def _dump_xml(self, _request: Request) -> dict[str, str]:
         domain = DOMAIN.replace("\n", " ")
         return {"DOMAIN": domain, "STATE": self.state.value, "CAPACITY": f"vda:{GIB}"}
+
+    def _dump_domains(self, request: Request) -> dict[str, str]:
+        dump = self.answers.get("dump_xml", self._dump_xml)
+        found = []
+        for uuid in request.options["DOMAINS"].split(","):
+            try:
+                answer = dump(replace(request, options={"DOMAIN": uuid}))
+            except NotFound:
+                continue
+            values = {"UUID": uuid, "STATE": answer["STATE"], "CAPACITY": answer["CAPACITY"]}
+            found.append(xmldoc.build("DOMAIN", {**values, "domain": [xmldoc.parse(answer["DOMAIN"])]}))
+        return {"DOMAINS": xmldoc.serialize(xmldoc.build("DOMAINS", found))}
 
     def _monitor(self, request: Request) -> dict[str, str]:
         if request.datastore is not None:

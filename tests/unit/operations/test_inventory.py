@@ -9,8 +9,9 @@ import pytest
 
 from oned_backup.config import Settings
 from oned_backup.contract.request import Request
-from oned_backup.errors import Conflict, Misconfigured, Unavailable
+from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
+from oned_backup.operations import inventory
 from oned_backup.operations.inventory import (
     add_host,
     configure_vm,
@@ -19,9 +20,10 @@ from oned_backup.operations.inventory import (
     update_datastore,
 )
 from oned_backup.operations.services import make_directories
+from oned_backup.runner.drivers import Driver
 from oned_backup.store import BackupState, OperationState
 
-from .conftest import World
+from .conftest import DOMAIN, World
 
 
 def test_a_datastore_that_is_being_written_to_stays(world: World) -> None:
@@ -104,6 +106,42 @@ def test_directories_that_cannot_be_made_are_a_setting_that_is_wrong() -> None:
     settings = Settings(state_dir=Path("/proc/none"), run_dir=Path("/proc/none/run"))
     with pytest.raises(Misconfigured, match="/proc/none cannot be made"):
         make_directories(settings)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["in one call", "each alone"])
+def test_all_domains_of_a_host_are_imported_in_few_steps(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, at_once: bool
+) -> None:
+    count = inventory._AT_ONCE + 10
+    uuids = [f"{number:08x}-0000-4000-8000-000000000002" for number in range(count)]
+    domains = "".join(
+        f"<DOMAIN><NAME>vm {uuid[:8]}</NAME><UUID>{uuid}</UUID><STATE>RUNNING</STATE></DOMAIN>"
+        for uuid in uuids
+    )
+    gone = uuids.pop(7)
+
+    def dump_xml(request: Request) -> dict[str, str]:
+        uuid = request.options["DOMAIN"]
+        if uuid == gone:
+            raise NotFound(f"domain {uuid} is not defined on the host")
+        return {
+            "DOMAIN": DOMAIN.replace("\n", " ").replace("9a1c2b3d-0000-4000-8000-000000000001", uuid),
+            "STATE": "RUNNING",
+            "CAPACITY": "vda:1048576",
+        }
+
+    world.drivers.answers["dump_xml"] = dump_xml
+    world.drivers.answers["monitor"] = lambda _request: {"DOMAINS": f"<DOMAINS>{domains}</DOMAINS>"}
+    if not at_once:
+        monkeypatch.setattr(Driver, "supports", lambda _driver, action: action != "dump_domains")
+    told = import_vms(world.services, 0, [], every=True)
+    assert [(entry["uuid"], entry["result"]) for entry in told] == [(uuid, "imported") for uuid in uuids]
+    assert world.drivers.actions[1:] == (["dump_domains"] * 2 if at_once else ["dump_xml"] * count)
+    assert list(world.services.host(0).vm_ids) == [entry["id"] for entry in told]
+    assert world.services.vm(told[-1]["id"]).disks[0].size_mb == 1
+    again = import_vms(world.services, 0, [], every=True)
+    assert {entry["result"] for entry in again} == {"known"}
+    assert [entry["id"] for entry in again] == [entry["id"] for entry in told]
 
 
 def test_a_vm_that_moves_keeps_its_disks_ids_and_its_configuration(world: World) -> None:
