@@ -6,7 +6,7 @@ JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench torture faults format clean
+.PHONY: help setup demo test check bench torture fuzz faults format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ torture: setup ## kill daemon and drivers at random moments (MINUTES=10 SEED=…
 
 faults: setup ## run all tests, slow ones as well, and write share/doc/fault-table.md
 	@$(PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --whole-matrix --fault-table $(PYTEST_ARGS)
+
+fuzz: setup ## give nonsense to all that reads from outside (SECONDS=60 for each TARGET=…)
+	@$(PYTHON) -m tests.security.fuzz $(TARGET) $(if $(SECONDS),--seconds $(SECONDS))
 
 format: setup ## rewrite the code in the project's format
 	@$(PYTHON) -m ruff check --fix .

@@ -64,15 +64,30 @@ class Client:
             return int(ref)
         return int(self.get("resolve", kind=kind, ref=ref)["id"])
 
+    def metrics(self) -> str:
+        """What the daemon tells Prometheus."""
+        return self._exchange("GET", "/metrics", None)[1].decode()
+
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        connection = _UnixConnection(self._path)
         content = None
         if body is not None:
             content = json.dumps({name: value for name, value in body.items() if value is not None})
+        status, said = self._exchange(method, path, content)
+        try:
+            answer = json.loads(said)
+        except ValueError as error:
+            raise self._unreachable(error) from error
+        if status >= http.client.BAD_REQUEST:
+            raise error_from(answer)
+        return answer
+
+    def _exchange(self, method: str, path: str, content: str | None) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        connection = _UnixConnection(self._path)
         try:
             connection.request(method, path, content, {"Content-Type": "application/json"})
             response = connection.getresponse()
-            answer = json.loads(response.read())
+            return response.status, response.read()
         except PermissionError as error:
             raise errors.PermissionDenied(
                 f"{self._path}: you may not talk to this daemon", hint="Run as the user that it runs as."
@@ -82,16 +97,16 @@ class Client:
                 f"the daemon has not answered within {_TIMEOUT_S:.0f} s",
                 hint="It may still be at it: see its log, and try again later.",
             ) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise DaemonUnreachable(
-                f"no daemon answers at {self._path}: {getattr(error, 'strerror', None) or error}",
-                hint="Start it with `oned-backup serve`.",
-            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
         finally:
             connection.close()
-        if response.status >= http.client.BAD_REQUEST:
-            raise error_from(answer)
-        return answer
+
+    def _unreachable(self, error: Exception) -> DaemonUnreachable:
+        return DaemonUnreachable(
+            f"no daemon answers at {self._path}: {getattr(error, 'strerror', None) or error}",
+            hint="Start it with `oned-backup serve`.",
+        )
 
 
 def error_from(body: Mapping[str, Any]) -> OnedBackupError:

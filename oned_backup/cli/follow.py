@@ -158,7 +158,8 @@ def _description(view: JSON, step: str) -> str:
     if view.get("not_before"):
         return f"{view['kind']}: waiting to try again: {view['error']['message']}"
     words = _WORDS.get(f"{view['kind']} {step}") or _WORDS.get(step) or step.lower() or "queued"
-    return f"{view['kind']}: {words}"
+    message = (view.get("progress") or {}).get("message", "")
+    return f"{view['kind']}: {words}" + (f": {message}" if message else "")
 
 
 def freeze_text(freeze: JSON) -> str:

@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(system.serve)
 app.command()(system.doctor)
+app.command()(system.metrics)
 app.add_typer(system.config_app, name="config")
 app.add_typer(host.app, name="host")
 app.add_typer(vm.app, name="vm")

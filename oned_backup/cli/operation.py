@@ -24,39 +24,80 @@ def _path(operation: str) -> str:
 
 @app.command("list")
 def list_operations(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20, *, json: Json = False
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    vm: Annotated[str | None, typer.Option(help="Of this VM only: id or name.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Of this kind only: backup, restore, …")] = None,
+    *,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only failed ones: why, what was undone, what to do.")
+    ] = False,
+    json: Json = False,
 ) -> None:
     """List the newest operations."""
-    operations = client().get("operations", limit=limit)
+    api = client()
+    vm_id = None if vm is None else api.resolve("vm", vm)
+    query = {"failed": "true"} if failed else {}
+    operations = api.get("operations", limit=limit, vm_id=vm_id, kind=kind, **query)
     if json:
         output.print_json(operations)
-        return
-    output.print_table(
-        ("ID", "KIND", "STATE", "VM>", "IMAGE>", "QUEUED", "TOOK>"),
-        [
-            (
-                one["id"],
-                one["kind"],
-                one["state"],
-                one["vm_id"],
-                one["image_id"],
-                output.when(one["queued_at"])[5:],
-                follow.elapsed(one),
-            )
-            for one in operations
-        ],
-        empty="No operations yet.",
-    )
+    elif failed:
+        print_failures(operations)
+    else:
+        output.print_table(
+            ("ID", "KIND", "STATE", "VM>", "IMAGE>", "QUEUED", "TOOK>"),
+            [
+                (
+                    one["id"],
+                    one["kind"],
+                    one["state"],
+                    one["vm_id"],
+                    one["image_id"],
+                    output.when(one["queued_at"])[5:],
+                    follow.elapsed(one),
+                )
+                for one in operations
+            ],
+            empty="No operations yet.",
+        )
+
+
+def print_failures(operations: list[dict[str, Any]]) -> None:
+    """Each failed operation with its cause, what was undone and what to do next."""
+    if not operations:
+        output.warn("Nothing has failed.")
+    for number, operation in enumerate(operations):
+        if number:
+            output.say("")
+        of = "" if operation["vm_id"] is None else f" of VM {operation['vm_id']}"
+        output.say(f"{output.when(operation['ended_at'])}  {operation['kind']}{of} failed  {operation['id']}")
+        output.print_fields([(f"  {name}", text) for name, text in failure_fields(operation)])
+
+
+def failure_fields(operation: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to tell of a failed operation; a field may occur more than once."""
+    failure, error = operation["failure"], operation["error"] or {}
+    if failure is None:
+        return []
+    where = f"{failure['step']}: " if failure["step"] else ""
+    return [
+        ("cause", f"{where}{error.get('message', operation['state'])}"),
+        ("code", f"{error['code']} (exit code {error['exit_code']})" if error else ""),
+        *(("undone", text) for text in failure["undone"] or ["nothing was done yet that had to be"]),
+        *(("left", text) for text in failure["left"]),
+        ("next", failure["next"]),
+    ]
 
 
 @app.command()
 def show(
     operation: _Id,
     *,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end first.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for its end first, and exit as it ended.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Show an operation: its steps, how far it is, its result."""
+    """Show an operation: its steps, how far it is, its result, and if it failed what was undone."""
     api = client()
     found = api.get(_path(operation))
     if wait and found["ended_at"] is None:
@@ -64,18 +105,25 @@ def show(
         found = api.get(_path(operation))
     if json:
         output.print_json(found)
-        return
-    error = found["error"] or {}
+    else:
+        _print_operation(found)
+    if wait and found["state"] != "DONE":
+        raise follow.failure_of(found)
+
+
+def _print_operation(found: dict[str, Any]) -> None:
     blocker = found["waits_for"]
+    waiting = found["not_before"] and found["error"]
     output.print_fields(
         [
             *((name, found[name]) for name in ("id", "kind", "state", "vm_id", "image_id", "datastore_id")),
             ("queued", output.when(found["queued_at"])),
             ("took", follow.elapsed(found)),
             ("waits for", f"{blocker['kind']} {blocker['id']}" if blocker else ""),
+            ("tried again", output.when(found["not_before"]) if waiting else ""),
+            ("after", found["error"]["message"] if waiting else ""),
             ("progress", _progress(found["progress"])),
-            ("error", error.get("message")),
-            ("hint", error.get("hint")),
+            *failure_fields(found),
         ]
     )
     for note in found["result"].get("notes", ()):
@@ -100,10 +148,12 @@ def show(
 def _progress(progress: dict[str, Any] | None) -> str:
     if not progress:
         return ""
+    message = f": {progress['message']}" if progress["message"] else ""
     if not progress["total_bytes"]:
-        return str(progress["step"])
+        return f"{progress['step']}{message}"
     done, total = progress["done_bytes"], progress["total_bytes"]
-    return f"{progress['step']}: {output.size(done)} of {output.size(total)} ({done * 100 // total} %)"
+    share = f"{output.size(done)} of {output.size(total)} ({done * 100 // total} %)"
+    return f"{progress['step']}: {share}{message}"
 
 
 @app.command()

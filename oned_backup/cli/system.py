@@ -1,4 +1,4 @@
-"""The commands `oned-backup serve`, `doctor` and `config`."""
+"""The commands `oned-backup serve`, `doctor`, `metrics` and `config`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oned_backup.cli import output
-from oned_backup.cli.session import Json, settings_file
+from oned_backup.cli.session import Json, client, settings_file
 from oned_backup.errors import Misconfigured
 
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
@@ -59,6 +59,11 @@ def doctor(
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
         raise Misconfigured(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def metrics() -> None:
+    """Print what the daemon tells Prometheus: for its textfile collector, or to look at."""
+    sys.stdout.write(client().metrics())
 
 
 @config_app.command()

@@ -9,6 +9,7 @@ import typer
 
 from oned_backup.cli import follow, output
 from oned_backup.cli.client import Client
+from oned_backup.cli.operation import failure_fields
 from oned_backup.cli.session import Json, Wait, client, key_values
 
 app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
@@ -40,13 +41,13 @@ def import_vms(
 
 @app.command("list")
 def list_vms(*, json: Json = False) -> None:
-    """List the VMs: last good backup, and when a backup was last verified."""
+    """List the VMs: the last good backup, when one was last proved, and whether the last try failed."""
     vms = client().get("vms")
     if json:
         output.print_json(vms)
         return
     output.print_table(
-        ("ID>", "NAME", "STATE", "MODE", "BACKUPS>", "LAST GOOD", "VERIFIED"),
+        ("ID>", "NAME", "STATE", "MODE", "BACKUPS>", "LAST GOOD", "VERIFIED", "LAST TRY"),
         [
             (
                 vm["id"],
@@ -56,15 +57,23 @@ def list_vms(*, json: Json = False) -> None:
                 vm["backups"],
                 _day(vm["last_backup"] and vm["last_backup"]["stored_at"]),
                 _day(vm["last_verified_at"]),
+                "FAILED" if vm["error"] else "ok" if vm["backups"] else "",
             )
             for vm in vms
         ],
         empty="No VMs. Import some: oned-backup vm import HOST --all",
     )
+    if any(vm["error"] for vm in vms):
+        output.warn("Why, and what to do: oned-backup operation list --failed")
 
 
 def _day(seconds: float | None) -> str:
     return output.when(seconds)[5:16] or "never"
+
+
+def _ago(seconds: float | None) -> str:
+    """A time and how long ago that was; `never` for none."""
+    return f"{output.when(seconds)} ({output.age(seconds)} ago)" if seconds else "never"
 
 
 @app.command()
@@ -78,7 +87,9 @@ def show(ref: _Ref, *, json: Json = False) -> None:
     chain = vm["chain"]
     output.print_fields(
         [
-            *((name, vm[name]) for name in ("id", "name", "uuid", "state", "host", "error")),
+            *((name, vm[name]) for name in ("id", "name", "uuid", "state", "host")),
+            ("last good", _ago(vm["last_backup"] and vm["last_backup"]["stored_at"])),
+            ("last proved", _ago(vm["last_verified_at"])),
             ("chain", f"image {chain['image_id']}, increment {chain['increment_id']}" if chain else "none"),
             *((key, value) for key, value in vm["config"].items() if not key.endswith("_ID")),
         ]
@@ -101,6 +112,12 @@ def show(ref: _Ref, *, json: Json = False) -> None:
     if vm["images"]:
         output.say("")
         print_images(vm["images"])
+    failed = vm["last_failure"]
+    if failed:
+        output.say("")
+        since = " (a later one succeeded)" if failed["succeeded_since"] else ""
+        output.say(f"last failed backup: {output.when(failed['ended_at'])}  {failed['id']}{since}")
+        output.print_fields([(f"  {name}", text) for name, text in failure_fields(failed)])
 
 
 def print_images(images: list[dict[str, Any]]) -> None:

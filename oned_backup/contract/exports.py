@@ -47,7 +47,11 @@ class Reason(StrEnum):
     FULL_MODE = "full-mode"  # MODE=FULL
     FIRST_BACKUP = "first-backup"  # no parent: new chain
     RESET = "reset"  # new chain on request
+    OTHER_DATASTORE = "other-datastore"  # new chain in the store that was asked for
     CHAIN_LENGTH = "chain-length"  # new chain, since the last one is as long as CHAIN_LENGTH says
+    CHAIN_ENDED = "chain-ended"  # by a setting, a deletion, or since the catalogue was lost
+    CHAIN_DAMAGED = "chain-damaged"  # a restore point of the chain failed verification
+    CHAIN_LOST = "chain-lost"  # the chain's image is gone, not ready, or ends elsewhere than the VM says
     NEW_DISK = "new-disk"  # the parent does not have this disk
     DISK_REPLACED = "disk-replaced"  # another image than the parent's under this disk
     BITMAP_MISSING = "bitmap-missing"
@@ -63,6 +67,27 @@ class Reason(StrEnum):
     READ_ONLY = "read-only"
     NO_MEDIUM = "no-medium"
     UNSUPPORTED_SOURCE = "unsupported-source"  # host device, network disk, filesystem …
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether a disk was taken in full although an increment was due."""
+        return self in _FALLBACKS
+
+
+_FALLBACKS = frozenset(
+    {
+        Reason.CHAIN_ENDED,
+        Reason.CHAIN_DAMAGED,
+        Reason.CHAIN_LOST,
+        Reason.NEW_DISK,
+        Reason.DISK_REPLACED,
+        Reason.DISK_SHRUNK,
+        Reason.BITMAP_MISSING,
+        Reason.BITMAP_INCONSISTENT,
+        Reason.CHECKPOINT_INVALID,
+        Reason.NO_CHANGE_TRACKING,
+    }
+)
 
 
 @dataclass(frozen=True)

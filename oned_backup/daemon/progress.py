@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _MOST_LINES = 200
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step and its bytes; `total` is 0 where nobody knows. `version` counts every change."""
+    """A step and its bytes; `total` is 0 where nobody knows. `version` counts every change.
+
+    `message`: the last warning since bytes moved, such as why they do not.
+    """
 
     step: str
     done: int
     total: int
     since: float
     lines: tuple[str, ...]
+    message: str
     version: int
 
 
@@ -35,16 +39,18 @@ class ProgressBoard:
         """Enter a step and its bytes."""
         with self._changed:
             old = self._board.get(operation_id)
-            since = old.since if old is not None and old.step == step and old.total else time.time()
-            self._enter(operation_id, step, done, total, since)
+            same = old is not None and old.step == step
+            since = old.since if old is not None and same and old.total else time.time()
+            message = old.message if old is not None and same and done <= old.done else ""
+            self._enter(operation_id, Progress(step, done, total, since, (), message, 0))
 
-    def log(self, operation_id: str, line: str) -> None:
+    def log(self, operation_id: str, line: str, *, warning: bool = False) -> None:
         """Add a line of the operation's log; only the last ones are kept."""
         with self._changed:
             self._lines.setdefault(operation_id, deque(maxlen=_MOST_LINES)).append(line)
             old = self._board.get(operation_id)
             if old is not None:
-                self._enter(operation_id, old.step, old.done, old.total, old.since)
+                self._enter(operation_id, replace(old, message=line if warning else old.message))
 
     def changed(self, operation_id: str, *, ended: bool = False) -> None:
         """Wake those who wait; `ended`: nothing more will be reported of the operation."""
@@ -66,8 +72,8 @@ class ProgressBoard:
             self._changed.wait_for(lambda: self._version != seen, timeout_s)
             return self._version
 
-    def _enter(self, operation_id: str, step: str, done: int, total: int, since: float) -> None:
+    def _enter(self, operation_id: str, progress: Progress) -> None:
         self._version += 1
         lines = tuple(self._lines.get(operation_id, ()))
-        self._board[operation_id] = Progress(step, done, total, since, lines, self._version)
+        self._board[operation_id] = replace(progress, lines=lines, version=self._version)
         self._changed.notify_all()

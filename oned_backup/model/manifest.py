@@ -37,7 +37,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from oned_backup.errors import DataCorrupt
+from oned_backup.errors import DataCorrupt, InvalidInput
+from oned_backup.model.increments import IncrementType
 from oned_backup.model.names import checked_name
 
 FORMAT = "oned-backup manifest"
@@ -140,20 +141,20 @@ def parse_manifest(data: bytes | str, *, what: str = FILE_NAME) -> Manifest:
         if blake3(_canonical(backup)).hexdigest() != document["blake3"]:
             raise DataCorrupt(f"{what}: checksum does not match the content")
         return _typed(backup)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, InvalidInput) as error:
         raise DataCorrupt(f"{what}: not a manifest: {type(error).__name__} {error}") from error
 
 
 def _typed(backup: Mapping[str, Any]) -> Manifest:
     disks = tuple(
         ManifestDisk(
-            disk_id=int(disk["disk_id"]),
+            disk_id=_count(disk["disk_id"]),
             target=str(disk["target"]),
-            type=str(disk["type"]),
+            type=IncrementType(disk["type"]).value,
             reason=str(disk["reason"]),
             file=checked_name(disk["file"], "disk file"),
-            parent_id=str(disk.get("parent_id") or ""),
-            size_bytes=int(disk["size_bytes"]),
+            parent_id=_parent(disk),
+            size_bytes=_count(disk["size_bytes"]),
             format=str(disk.get("format", "")),
             source=str(disk.get("source", "")),
             source_id=str(disk.get("source_id", "")),
@@ -165,21 +166,21 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
     files = tuple(
         StoredFile(
             checked_name(file["name"], "file"),
-            int(file["size_bytes"]),
+            _count(file["size_bytes"]),
             str(file["blake3"]),
-            int(file.get("hash_from", 0)),
-            int(file.get("uncompressed_bytes", 0)),
+            _count(file.get("hash_from", 0)),
+            _count(file.get("uncompressed_bytes", 0)),
         )
         for file in backup["files"]
     )
     return Manifest(
         id=checked_name(backup["id"], "backup id"),
         chain_id=checked_name(backup["chain_id"], "chain id"),
-        parent_id=str(backup.get("parent_id") or ""),
-        increment_id=int(backup["increment_id"]),
-        type=str(backup["type"]),
+        parent_id=_parent(backup),
+        increment_id=_count(backup["increment_id"]),
+        type=IncrementType(backup["type"]).value,
         date=int(backup["date"]),
-        vm_id=int(backup["vm"]["id"]),
+        vm_id=_count(backup["vm"]["id"]),
         vm_name=str(backup["vm"]["name"]),
         vm_uuid=str(backup["vm"]["uuid"]),
         disks=disks,
@@ -188,6 +189,20 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         replaces=tuple(checked_name(name, "replaced backup") for name in backup.get("replaces", ())),
         stands_for=tuple(checked_name(name, "replaced backup") for name in backup.get("stands_for", ())),
     )
+
+
+def _parent(of: Mapping[str, Any]) -> str:
+    """The backup that this one, or its disk, continues; empty for none."""
+    parent = of.get("parent_id") or ""
+    return checked_name(parent, "parent") if parent else ""
+
+
+def _count(value: object) -> int:
+    """A number or size, which is not negative."""
+    found = int(value)  # type: ignore[call-overload]
+    if not 0 <= found < 1 << 63:
+        raise ValueError(f"{found} is out of range")
+    return found
 
 
 def _canonical(value: object) -> bytes:

@@ -46,19 +46,16 @@ def plan_chain(
     datastore_id = _choose_datastore(images, enabled_datastores, requested_datastore, chain_store)
     if config.mode is Mode.FULL:
         return ChainPlan(datastore_id, full_reason=Reason.FULL_MODE)
-    if not config.has_chain:
-        if images:
-            return ChainPlan(
-                datastore_id, full_reason=Reason.RESET, explanation="new chain: the last one was ended"
-            )
+    if not config.has_chain and not any(image.increments for image in images.values()):
         return ChainPlan(datastore_id, full_reason=Reason.FIRST_BACKUP)
-    fault = _fault(config, active, good_backups)
+    reason, why = _fault(config, images, good_backups)
     if reset:
-        fault = "it was asked for"
-    elif datastore_id != chain_store and not fault:
-        fault = f"the chain is in datastore {chain_store}, datastore {datastore_id} was asked for"
-    if fault or active is None:
-        return ChainPlan(datastore_id, full_reason=Reason.RESET, explanation=f"new chain: {fault}")
+        reason, why = Reason.RESET, "it was asked for"
+    elif reason is None and datastore_id != chain_store:
+        reason = Reason.OTHER_DATASTORE
+        why = f"the chain is in datastore {chain_store}, datastore {datastore_id} was asked for"
+    if reason is not None or active is None:
+        return ChainPlan(datastore_id, full_reason=reason, explanation=f"new chain ({reason}): {why}")
     last = active.increments[-1]
     if 0 < config.chain_length <= last.id + 1:  # ids are not used again: also those merged meanwhile count
         return ChainPlan(datastore_id, full_reason=Reason.CHAIN_LENGTH)
@@ -74,23 +71,37 @@ def last_good_parent(config: BackupConfig, images: Mapping[int, Image]) -> str:
     return active.increments[-1].source if active is not None and active.increments else ""
 
 
-def _fault(config: BackupConfig, active: Image | None, good_backups: Collection[str]) -> str:
-    """Why the active chain cannot be continued, empty if it can."""
-    if active is None:
-        return f"image {config.incremental_backup_id} of the active chain is gone"
-    if not active.is_ready:
-        return f"image {active.id} is in state {active.state_name}"
-    if not active.increments:
-        return f"image {active.id} holds no chain"
-    broken = [entry.source for entry in active.increments if entry.source not in good_backups]
-    if broken:
-        return f"backup {broken[0]} of image {active.id} is damaged"
-    if active.increments[-1].id != config.last_increment_id:
-        return (
-            f"image {active.id} ends with increment {active.increments[-1].id},"
-            f" the VM's last one is {config.last_increment_id}"
-        )
-    return ""
+def _fault(
+    config: BackupConfig, images: Mapping[int, Image], good_backups: Collection[str]
+) -> tuple[Reason | None, str]:
+    """Why the chain that would be due cannot be continued: code and words; None if it can.
+
+    Damage closes a chain. So if there is no active one, the newest image tells why.
+    """
+    if not config.has_chain:
+        newest = images[max(images)]
+        broken = _broken(newest, good_backups) if newest.is_ready else None
+        return (Reason.CHAIN_ENDED, "the last one was ended") if broken is None else broken
+    image = images.get(config.incremental_backup_id)
+    if image is None:
+        return Reason.CHAIN_LOST, f"image {config.incremental_backup_id} of the active chain is gone"
+    if not image.is_ready:
+        return Reason.CHAIN_LOST, f"image {image.id} is in state {image.state_name}"
+    if not image.increments:
+        return Reason.CHAIN_LOST, f"image {image.id} holds no chain"
+    last = image.increments[-1].id
+    if last != config.last_increment_id:
+        text = f"image {image.id} ends with increment {last}, the VM's last one is {config.last_increment_id}"
+        return Reason.CHAIN_LOST, text
+    return _broken(image, good_backups) or (None, "")
+
+
+def _broken(image: Image, good_backups: Collection[str]) -> tuple[Reason, str] | None:
+    """The first damaged restore point of a chain, None if all are good."""
+    for entry in image.increments:
+        if entry.source not in good_backups:
+            return Reason.CHAIN_DAMAGED, f"backup {entry.source} of image {image.id} is damaged"
+    return None
 
 
 def _choose_datastore(

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from backed_up_vm import command
 from lab import Guest, LabDisk
 from product import Product
 
 
+@pytest.mark.fault("daemon", "catalogue lost")
 def test_the_catalogue_is_rebuilt_from_the_store(
     make_guest: Callable[..., Guest], product: Product, tmp_path: Path
 ) -> None:
@@ -64,8 +66,8 @@ def the_next_backup_begins_a_new_chain(
     write(disk, 3)
     full = product.ask("vm", "backup", str(vm["id"]))["result"]
     assert full["type"] == "FULL"
-    assert [entry["reason"] for entry in full["disks"]] == ["reset"]
-    assert full["notes"] == ["new chain: the last one was ended"]
+    assert [entry["reason"] for entry in full["disks"]] == ["chain-ended"]
+    assert full["notes"] == ["new chain (chain-ended): the last one was ended"]
     assert full["image_id"] != image_id
     write(disk, 4)
     increment = product.ask("vm", "backup", str(vm["id"]))["result"]

@@ -57,7 +57,7 @@ def test_an_active_chain_is_continued_where_it_is(images: dict[int, Image], conf
 
 def test_another_datastore_begins_a_chain_there(images: dict[int, Image], config: BackupConfig) -> None:
     plan = plan_chain(config, images, good(images), enabled_datastores=STORES, requested_datastore=101)
-    assert (plan.datastore_id, plan.image_id, plan.full_reason) == (101, None, Reason.RESET)
+    assert (plan.datastore_id, plan.image_id, plan.full_reason) == (101, None, Reason.OTHER_DATASTORE)
     assert "datastore 101 was asked for" in plan.explanation
 
 
@@ -72,9 +72,16 @@ def test_reset_begins_a_chain_and_keeps_the_old_parent(
 def test_a_damaged_chain_is_not_continued(images: dict[int, Image], config: BackupConfig) -> None:
     first = images[0].increments[0].source
     plan = plan_chain(config, images, good(images) - {first}, enabled_datastores=STORES)
-    assert plan.image_id is None
+    assert (plan.image_id, plan.full_reason) == (None, Reason.CHAIN_DAMAGED)
     assert f"backup {first}" in plan.explanation
     assert "damaged" in plan.explanation
+
+
+def test_without_an_active_chain_the_newest_image_tells_why(images: dict[int, Image]) -> None:
+    ended = plan_chain(FRESH, images, good(images), enabled_datastores=[100])
+    assert (ended.image_id, ended.full_reason) == (None, Reason.CHAIN_ENDED)
+    damaged = plan_chain(FRESH, images, (), enabled_datastores=[100])
+    assert (damaged.image_id, damaged.full_reason) == (None, Reason.CHAIN_DAMAGED)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,7 @@ def test_pointers_that_do_not_fit_begin_a_chain(
     images: dict[int, Image], config: BackupConfig, changed: dict[str, int], text: str
 ) -> None:
     plan = plan_chain(replace(config, **changed), images, good(images), enabled_datastores=[100])
-    assert plan.image_id is None
+    assert (plan.image_id, plan.full_reason) == (None, Reason.CHAIN_LOST)
     assert text in plan.explanation
 
 
@@ -97,7 +104,7 @@ def test_an_image_that_is_being_deleted_is_not_continued(
 ) -> None:
     leaving = {0: with_state(images[0], ImageState.DELETE)}
     plan = plan_chain(config, leaving, good(images), enabled_datastores=[100])
-    assert plan.image_id is None
+    assert (plan.image_id, plan.full_reason) == (None, Reason.CHAIN_LOST)
     assert "DELETE" in plan.explanation
 
 

@@ -1,0 +1,74 @@
+"""What the operator sees of backups that failed, fell back or wait, and what Prometheus sees."""
+
+from __future__ import annotations
+
+import re
+
+from oned_backup.cli.follow import _description
+
+from .conftest import Stack
+
+
+def test_failed_backups_are_listed_with_cause_undoing_and_next_action(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    stack.store.rename(stack.store.with_name("away"))
+    stack.store.write_text("no directory")
+    failed = stack("vm", "backup", "web")
+    assert failed.code != 0
+    (row,) = stack.ok("operation", "list", "--failed", "--json").json
+    assert row["error"]["exit_code"] == failed.code
+    assert row["failure"]["step"] in {"PLAN", "STORE"}
+    assert row["failure"]["next"]
+    assert stack.ok("operation", "list", "--failed", "--vm", "db", "--json").json == []
+    listed = stack.ok("operation", "list", "--failed", "--vm", "web", "--kind", "backup").out
+    assert "backup of VM 1 failed" in listed
+    for name in ("cause", "code", "undone", "next"):
+        assert re.search(rf"^  {name} +\S", listed, re.MULTILINE), listed
+    shown = stack.ok("operation", "show", row["id"]).out
+    assert re.search(r"^next +\S", shown, re.MULTILINE)
+    assert stack("operation", "show", row["id"], "--wait").code == failed.code
+    vms = stack.ok("vm", "list")
+    assert "FAILED" in vms.out
+    assert "operation list --failed" in vms.err
+    vm = stack.ok("vm", "show", "web")
+    assert "last failed backup" in vm.out
+    assert "(a later one succeeded)" not in vm.out
+    stack.store.unlink()
+    stack.store.with_name("away").rename(stack.store)
+    stack.ok("datastore", "update", "store")
+    stack.ok("vm", "backup", "web")
+    assert "FAILED" not in stack.ok("vm", "list").out
+    assert stack.ok("vm", "show", "web", "--json").json["last_failure"]["succeeded_since"] is True
+    assert "(a later one succeeded)" in stack.ok("vm", "show", "web").out
+
+
+def test_metrics_tell_of_every_vm(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    stack.ok("image", "verify", "0")
+    text = stack.ok("metrics").out
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['oned_backup_vm_last_success_timestamp_seconds{vm_id="1"}']) > 1e9
+    assert float(values['oned_backup_vm_last_proved_timestamp_seconds{vm_id="1"}']) > 1e9
+    assert 'oned_backup_vm_last_success_timestamp_seconds{vm_id="0"}' not in values
+    assert values['oned_backup_vm_info{host="lab",name="db",vm_id="0"}'] == "1.0"
+    assert values['oned_backup_operations_total{kind="backup",state="DONE"}'] == "1.0"
+    assert values['oned_backup_vm_backup_seconds_count{vm_id="1"}'] == "1.0"
+    assert float(values['oned_backup_vm_backup_bytes_sum{vm_id="1"}']) > 0
+    assert values['oned_backup_datastore_enabled{datastore_id="100",name="store"}'] == "1.0"
+
+
+def test_a_broken_point_proves_nothing(stack: Stack) -> None:
+    stack.ok("vm", "backup", "web")
+    stack.ok("image", "verify", "0")
+    (stored,) = stack.store.glob("*/2*/disk.0.0")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    assert stack("image", "verify", "0").code == 65
+    (vm,) = [vm for vm in stack.ok("vm", "list", "--json").json if vm["name"] == "web"]
+    assert vm["last_backup"] is None
+    assert vm["last_verified_at"] is None
+    assert "never" in stack.ok("vm", "show", "web").out
+
+
+def test_a_driver_that_waits_says_why_in_the_progress() -> None:
+    view = {"kind": "backup", "progress": {"message": "bk: connection lost; the next attempt is in 4 s"}}
+    assert _description(view, "STORE") == ("backup: storing: bk: connection lost; the next attempt is in 4 s")
