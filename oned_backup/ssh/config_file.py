@@ -12,6 +12,9 @@ DIRECTORY = Path("ssh")
 #: a dead link is noticed after the interval times this
 KEEPALIVE_COUNT = 3
 
+#: preferred: with the processor's AES they take two thirds of the time of the default, ChaCha20
+_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+
 _HEAD = "# Written by oned-backup at each start: what you want for a host belongs into ssh.include's file.\n"
 
 _WRAPPER = """\
@@ -44,6 +47,7 @@ def config_text(
         "ForwardAgent": "no",
         "ForwardX11": "no",
         "PermitLocalCommand": "no",
+        "Ciphers": f"^{_CIPHERS}",
         "ControlMaster": "no",
         "ControlPath": "none",
         "LogLevel": "ERROR",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ def test_the_configuration_keeps_accepted_keys_and_lets_the_administrator_win(tm
 def test_a_path_that_cannot_stand_in_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured):
         config_text(tmp_path, identity_file=Path('/x"\nProxyCommand id'))
+
+
+def test_ssh_understands_it_and_prefers_a_cipher_that_the_processor_knows(tmp_path: Path) -> None:
+    config = write_config(tmp_path, config_text(tmp_path))
+    done = subprocess.run(["ssh", "-G", "-F", config, "hv1"], capture_output=True, text=True, check=True)
+    ciphers = next(line for line in done.stdout.splitlines() if line.startswith("ciphers "))
+    assert ciphers.startswith("ciphers aes128-gcm@openssh.com,")
+    assert "chacha20-poly1305@openssh.com" in ciphers
 
 
 def test_words_stay_words() -> None:
