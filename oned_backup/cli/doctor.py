@@ -14,6 +14,7 @@ from pathlib import Path
 
 from oned_backup.cli.check import Check
 from oned_backup.cli.client import Client
+from oned_backup.cli.doctor_datastores import check_datastores
 from oned_backup.cli.doctor_hosts import check_hosts
 from oned_backup.config import Loaded, Settings, load_settings
 from oned_backup.contract.actions import Kind
@@ -55,7 +56,10 @@ def examine(settings_file: Path | None, uri: str) -> Iterator[Check]:
     daemon = check_daemon(loaded.settings.socket)
     yield daemon
     if daemon.status == "ok":
-        yield from check_hosts(loaded.settings.ssh_config, Client(loaded.settings.socket).get("hosts"))
+        client = Client(loaded.settings.socket)
+        names = [datastore["driver"] for datastore in client.get("datastores")]
+        yield from check_datastores(loaded.settings.all_driver_dirs, names)
+        yield from check_hosts(loaded.settings.ssh_config, client.get("hosts"))
 
 
 def _settings(loaded: Loaded) -> Check:

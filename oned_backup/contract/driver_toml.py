@@ -13,9 +13,14 @@
     [parameters.PASSWORD]
     secret = true
 
+    [needs]
+    rsync = "Run: apt-get install rsync"
+
 The daemon checks a datastore's template against `[parameters]`, so that no
 driver contains argument checking. Keys: required, secret (booleans), default,
 help, pattern (a regular expression that the whole value must match) (texts).
+`[needs]` names programs, and files by their absolute paths, without which the driver cannot
+work, each with its remedy: `doctor` looks for them on the daemon's machine.
 """
 
 from __future__ import annotations
@@ -56,6 +61,15 @@ class Parameter:
     pattern: str = ""
 
 
+#: a setting that every datastore has, whatever its driver: the daemon goes by it, drivers do not
+SCRUB_BUDGET = "SCRUB_GB_PER_DAY"
+_COMMON = Parameter(
+    SCRUB_BUDGET,
+    pattern=r"\d{1,9}(\.\d{1,9})?",
+    help="GB that the daemon may read a day to prove what is stored, 0: nothing; default: scrub_gb_per_day",
+)
+
+
 @dataclass(frozen=True)
 class DriverManifest:
     """The content of a driver.toml, checked."""
@@ -65,6 +79,8 @@ class DriverManifest:
     summary: str
     features: frozenset[str]
     parameters: Mapping[str, Parameter]
+    #: programs and absolute paths, and what to do where one is missing
+    needs: Mapping[str, str]
 
     def checked_parameters(self, values: Mapping[str, str]) -> dict[str, str]:
         """`values` with defaults filled in; `InvalidInput` names the first that is wrong."""
@@ -113,13 +129,23 @@ def load_driver_toml(folder: Path) -> DriverManifest:
     features = raw.get("features", [])
     if not isinstance(features, list) or not set(features) <= set(FEATURES):
         raise Misconfigured(f"{path}: features {features!r} are not among {', '.join(FEATURES)}")
+    parameters = _parameters(path, raw.get("parameters", {}))
+    if kind is Kind.DATASTORE:
+        parameters.setdefault(_COMMON.name, _COMMON)
     return DriverManifest(
         kind=kind,
         name=checked_name(str(raw.get("name", "")), f"{path}: name"),
         summary=str(raw.get("summary", "")),
         features=frozenset(features),
-        parameters=_parameters(path, raw.get("parameters", {})),
+        parameters=parameters,
+        needs=_needs(path, raw.get("needs", {})),
     )
+
+
+def _needs(path: Path, raw: object) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(remedy, str) for remedy in raw.values()):
+        raise Misconfigured(f"{path}: [needs] is not a table of texts")
+    return raw
 
 
 def _parameters(path: Path, raw: object) -> dict[str, Parameter]:

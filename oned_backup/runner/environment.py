@@ -30,7 +30,8 @@ from oned_backup.model.names import checked_name
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.process import Limits
 
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: where drivers find programs
+DRIVER_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Linux takes 128 KiB for one variable (MAX_ARG_STRLEN)
 _MAX_VALUE_BYTES = 64 * 1024
 
@@ -91,7 +92,7 @@ def action_environment(
 def base_environment() -> dict[str, str]:
     """The variables that every call has, whatever it is about."""
     return {
-        "PATH": f"{Path(sys.executable).parent}:{_SYSTEM_PATH}",
+        "PATH": f"{Path(sys.executable).parent}:{DRIVER_PATH}",
         "HOME": os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir,
         "LC_ALL": "C.UTF-8",
         "ODB_SPEC": str(SPEC_VERSION),
