@@ -226,6 +226,7 @@ def _untold(context: Context, plan: FlattenPlan) -> str:
     raw = {
         **newest.raw,
         "id": plan.backup_id,
+        "chain_id": first.chain_id,
         "parent_id": first.parent_id,
         "type": first.type,
         "disks": disks,
@@ -279,7 +280,7 @@ def _discard(context: Context) -> None:
     plan = _plan_of(context)
     datastore = context.services.datastore(plan.datastore_id)
     sections = _sections(context, plan)
-    with removed_later(context.services, lambda: plan.image_id, plan.backup_id):
+    with removed_later(context, lambda: plan.image_id, plan.backup_id):
         context.caller.datastore("backup_cancel", datastore, **sections)
         context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
 

@@ -113,6 +113,7 @@ def test_what_was_merged_leaves_the_store_afterwards(world: World, chain: list[s
     assert world.services.store.journal.get(queued.id).result["removed"] == chain[:2]
 
 
+@pytest.mark.fault("store", "unreachable at delete")
 def test_a_store_that_cannot_remove_is_asked_again_by_the_next_retention(
     world: World, chain: list[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_failed_backup_after_a_merge_keeps_the_checkpoint_of_the_newest(
     assert clean.options["KEEP_CHECKPOINT"] == checkpoint_name(world.services.store.installation, chain[-1])
 
 
+@pytest.mark.fault("concurrency", "flatten beside a backup")
 def test_a_backup_made_during_the_merge_is_in_the_chain_afterwards(world: World, chain: list[str]) -> None:
     during: list[Operation] = []
     world.drivers.script["increment_flatten"] = [lambda _request: during.append(backup_beside(world))]
@@ -221,6 +223,7 @@ def test_a_merge_that_fails_is_undone(world: World, chain: list[str]) -> None:
     assert world.services.vm(0).config.active_flatten is False
 
 
+@pytest.mark.fault("data", "damage while a merge runs")
 def test_damage_is_entered_and_nothing_is_merged(world: World, chain: list[str]) -> None:
     def damaged(request: Request) -> dict[str, str]:
         name = request.options["BACKUP_IDS"]
@@ -273,13 +276,19 @@ def test_a_driver_that_tells_no_manifest(world: World, chain: list[str]) -> None
     world.drivers.answers["increment_flatten"] = lambda request: {
         name: text for name, text in merged(world)(request).items() if name != "MANIFEST"
     }
+    newest = world.services.store.backup(chain[2])
+    later = {**parse_manifest(newest.manifest).raw, "chain_id": "named-after-a-merge"}
+    with world.services.store.transaction() as tx:
+        tx.forget_backup(chain[2])
+        tx.add_backup(replace(newest, manifest=dump_manifest(later).decode()))
     done = flatten(world, 1, 2)
     manifest = parse_manifest(world.services.store.backup(done.result["backup_id"]).manifest)
-    assert (manifest.increment_id, manifest.parent_id) == (2, chain[0])
+    assert (manifest.increment_id, manifest.parent_id, manifest.chain_id) == (2, chain[0], chain[0])
     assert (manifest.replaces, manifest.stands_for) == ((chain[1], chain[2]), (chain[2],))
     assert manifest.disks[0].parent_id == chain[0]
 
 
+@pytest.mark.fault("concurrency", "cancel of a merge")
 def test_cancelling_a_merge_leaves_the_chain(world: World, chain: list[str]) -> None:
     cancellation = Cancellation()
 
@@ -350,6 +359,7 @@ def test_a_backup_whose_chain_is_found_damaged_meanwhile_begins_a_new_one(
 
 
 @pytest.mark.parametrize("kind", ["backup", "flatten"])
+@pytest.mark.fault("store", "unreachable at delete")
 def test_what_cannot_be_discarded_is_removed_with_what_else_is_to_go(
     world: World, chain: list[str], kind: str
 ) -> None:
