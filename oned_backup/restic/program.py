@@ -33,6 +33,7 @@ from oned_backup.errors import (
     PermissionDenied,
     Unavailable,
 )
+from oned_backup.restic.s3 import KEYS, UNPROVED
 from oned_backup.sdk import fuse, ssh
 from oned_backup.sdk.process import Completed
 
@@ -55,6 +56,7 @@ _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
     (r"wrong password or no key found", PermissionDenied),
     (r"repository is already locked", Busy),
     (r"unable to open config file: .*(?:does not exist|no such file or directory)", NotFound),
+    (r"\bx509: ", Misconfigured),
     (r"specified bucket does not exist|NoSuchBucket", Misconfigured),
     (r"Access ?Denied|SignatureDoesNotMatch|InvalidAccessKeyId|signature we calculated", PermissionDenied),
     (r"Access Key Id you provided does not exist|[Pp]ermission denied", PermissionDenied),
@@ -278,7 +280,12 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
         return Busy(
             f"{location.url}: {_lock(text)}", hint="restic list locks; restic unlock, if its owner is dead."
         )
-    return kind(f"restic: {_last(text) or f'exit code {done.returncode}'} ({location.url})")
+    said = _last(text) or f"exit code {done.returncode}"
+    if not location.target and kind is PermissionDenied:
+        said = f"{KEYS} do not open it: {said}"
+    elif "x509: " in text:
+        said = f"{UNPROVED}: {said.rpartition('x509: ')[2]}"
+    return kind(f"restic: {said} ({location.url})")
 
 
 def kind_of(text: str) -> type[OnedBackupError] | None:
@@ -291,6 +298,12 @@ def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = [line for line in lines if line.startswith("Fatal:")]
     return (fatal or lines or [""])[-1].removeprefix("Fatal: ")[:400]
+
+
+def last_line(said: bytes, word: bytes) -> str:
+    """The last line with this word, as far as it is fit for a log."""
+    lines = [line for line in said.splitlines() if word in line]
+    return lines[-1].decode("utf-8", "replace").strip()[:400] if lines else ""
 
 
 def _lock(text: str) -> str:

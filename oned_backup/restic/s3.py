@@ -22,11 +22,10 @@ from oned_backup.sdk.log import Secret
 _TIMEOUT_S = 60.0
 _NAMESPACE = "{http://s3.amazonaws.com/doc/2006-03-01/}"
 _MAX_PAGE_BYTES = 8 << 20
-_KINDS: Mapping[int, type[OnedBackupError]] = {
-    403: PermissionDenied,
-    401: PermissionDenied,
-    404: Misconfigured,
-}
+
+#: which parameters are meant when S3 denies something
+KEYS = "RESTIC_S3_ACCESS_KEY_ID and RESTIC_S3_SECRET_ACCESS_KEY"
+UNPROVED = "its certificate cannot be proved (RESTIC_S3_CACERT names the authority)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Bucket:
     in_path: bool = False
     ca_file: str = ""
     any_certificate: bool = False
+
+    def require(self) -> None:
+        """`Misconfigured` if there is no such bucket, `PermissionDenied` if its objects may not be listed."""
+        self._get({"list-type": "2", "max-keys": "1"})
 
     def sizes(self) -> dict[str, int]:
         """Bytes by the first part of the objects' names."""
@@ -73,11 +76,8 @@ class Bucket:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self._tls()) as answer:  # noqa: S310
                 data: bytes = answer.read(_MAX_PAGE_BYTES)
                 return data
-        except urllib.error.HTTPError as error:
-            kind = _KINDS.get(error.code, Unavailable)
-            raise kind(f"bucket {self.name} at {parts.netloc}: {error.code} {error.reason}") from error
-        except (OSError, ssl.SSLError) as error:
-            raise Unavailable(f"bucket {self.name} at {parts.netloc}: {error}") from error
+        except OSError as error:  # URLError and HTTPError, too
+            raise _explained(f"bucket {self.name} at {parts.netloc}", error) from error
 
     def _signed(self, host: str, path: str, query: str) -> dict[str, str]:
         now = dt.datetime.now(dt.UTC)
@@ -104,3 +104,17 @@ class Bucket:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
+
+
+def _explained(where: str, error: OSError) -> OnedBackupError:
+    code = error.code if isinstance(error, urllib.error.HTTPError) else 0
+    if code in {401, 403}:
+        return PermissionDenied(f"{where}: {KEYS} do not open it (HTTP {code})")
+    if code == 404:
+        return Misconfigured(
+            f"{where}: there is no such bucket", hint="Make it, or correct RESTIC_S3_BUCKET."
+        )
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return Misconfigured(f"{where}: {UNPROVED}: {reason.verify_message}")
+    return Unavailable(f"{where}: {reason}")
