@@ -11,7 +11,8 @@ path for the last two parts and nothing for `-`, are accepted too:
     restic://100/12/0:25f4b298,1:6968545c/var/lib/one/datastores/0/53/backup/disk.0
 
 Of such a path only the VM and the disk count: OpenNebula's drivers name the file of
-increment 0 in it even where the list goes further, so the list says what is meant. A
+increment 0 in it even where the list goes further, so the list says what is meant. In those of restic's the
+job names the repository; as our ids do (see `sdk.opennebula`), 0:25f4b298 becomes 0:job_12.25f4b298. A
 URL is parsed into typed ids and built again from them; no part of it is ever
 joined to a path as it came. `<scheme>+rbd` are differences of RBD images.
 """
@@ -25,6 +26,8 @@ from oned_backup.errors import InvalidInput, Unsupported
 from oned_backup.model.names import checked_name
 
 _MAX_CHARACTERS = 65536
+#: of a restic_snapshot, as OpenNebula writes it
+_SHORT_ID = re.compile(r"[0-9a-f]{8}")
 
 _URL = re.compile(
     r"(?P<scheme>[a-z][a-z0-9]{0,31})(?P<rbd>\+rbd)?://(?P<datastore>\d{1,9})/(?P<job>-|\d{0,9})/"
@@ -74,6 +77,8 @@ def parse_url(url: str) -> DiskUrl:
     chain = []
     for entry in match["chain"].split(","):
         increment, _, source = entry.partition(":")
+        if match["scheme"] == "restic" and match["job"].isdigit() and _SHORT_ID.fullmatch(source):
+            source = f"job_{int(match['job'])}.{source}"
         chain.append((int(increment), checked_name(source, "backup id in the URL")))
     increments = [increment for increment, _ in chain]
     if increments != sorted(set(increments)):

@@ -2,6 +2,7 @@
 
     BASE_PATH/.oned-backup-store    the marker: this is a store, and it is mounted (SFTP)
     BASE_PATH/<vm id>/              a restic repository
+    BASE_PATH/job_<job id>/         OpenNebula's, of a backup job: with backups of several VMs
     BASE_PATH/.new-<vm id>-<hex>/   one in the making
 
 A repository gets its name when it is complete, by a rename that cannot replace another.
@@ -12,12 +13,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import selectors
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.restic import program
 from oned_backup.restic.program import Repository, Started
 from oned_backup.restic.settings import Settings, bucket, repository, settings_of
-from oned_backup.restic.view import TAG, StoredBackups
+from oned_backup.restic.view import TAG, StoredBackups, vms_of_job
 from oned_backup.sdk import Call, sftp
 from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT, images_are_known
 from oned_backup.sdk.mounted import mounted
@@ -44,9 +46,11 @@ from oned_backup.sdk.process import Completed
 if TYPE_CHECKING:
     from oned_backup.sdk.files import BackupFile, BackupFiles
 
+_REPOSITORY = re.compile(r"(?:job_)?\d{1,9}", re.ASCII)
 _HOST = "oned-backup"
 #: less than this on a server that reports "Failure": it is full
 _FULL_KB = 64 * 1024
+_TRIES_AGAIN = b"retrying after"
 _LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 30.0
 
@@ -94,24 +98,40 @@ class Store:
         return repository(self.call, self.settings, str(vm_id))
 
     @contextmanager
-    def opened(self, vm_id: int | str) -> Iterator[StoredBackups]:
-        """A VM's finished backups, to read; `NotFound` if there is no repository.
+    def opened(self, vm_id: int | str, job: str = "") -> Iterator[StoredBackups]:
+        """A VM's finished backups, to read, in its own repository or that of a `job`."""
+        with self.opened_all(job or str(vm_id), vm_id) as (folder,):
+            yield folder
 
-        `Unavailable` if the place does not even look like a store.
+    @contextmanager
+    def opened_all(self, name: str, *vm_ids: int | str) -> Iterator[list[StoredBackups]]:
+        """The finished backups in a repository, to read: of these VMs, or of all that it has some of.
 
+        `NotFound` if there is no repository, `Unavailable` if the place does not even look like a store.
         What restic says about a read that failed tells damage from a server that is gone.
         """
-        repo = self.repository(vm_id)
+        repo = self.repository(name)
+        job = "" if name.isdecimal() else name
         flags = ["--no-cache"] if self.call.action == "verify" else []
         directory = Path(tempfile.mkdtemp(prefix="repository-", dir=".")).absolute()
         try:
             with repo.mounted(directory, *flags) as started:
                 said = started.so_far().stderr.decode("utf-8", "replace")
                 unreadable = said.count("could not load snapshot") + said.count("Ignoring ")
-                path = Path(str(self.settings.base / str(vm_id)))
+                path = Path(str(self.settings.base / name))
                 try:
-                    with StoredBackups(directory, path, unreadable=unreadable) as folder:
-                        yield folder
+                    with ExitStack() as stack:
+                        yield [
+                            stack.enter_context(
+                                StoredBackups(
+                                    directory,
+                                    path / str(vm_id) if job else path,
+                                    job=job,
+                                    unreadable=unreadable,
+                                )
+                            )
+                            for vm_id in vm_ids or (vms_of_job(directory) if job else [name])
+                        ]
                 except (DataCorrupt, OSError) as error:
                     raise _read_failure(repo, started, error) from error
         except NotFound as error:
@@ -149,20 +169,20 @@ class Store:
         """Remove the packs that a broken backup left, without moving any others."""
         repo.must("prune", "--max-repack-size", "0")
 
-    def prune(self, vm: str) -> None:
-        """Free what a VM's repository does not need; a backup that wants to begin waits for that long."""
-        self.repository(vm).must("prune", *self.settings.prune_flags())
+    def prune(self, name: str) -> None:
+        """Free what a repository does not need; a backup that wants to begin waits for that long."""
+        self.repository(name).must("prune", *self.settings.prune_flags())
 
-    def vms(self) -> list[str]:
-        """The VMs that have a repository."""
+    def repositories(self) -> list[str]:
+        """Their names: VMs' ids, and OpenNebula's for jobs."""
         if self.settings.s3:
-            names = sorted(bucket(self.call, self.settings).sizes())
-            return [name for name in names if name.isdecimal() and name.isascii()]
-        try:
-            found = sftp.names(self.settings.target, self.settings.base)
-        except NotFound as error:
-            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
-        return [name for name in found if name.isdecimal() and name.isascii()]
+            found = sorted(bucket(self.call, self.settings).sizes())
+        else:
+            try:
+                found = sftp.names(self.settings.target, self.settings.base)
+            except NotFound as error:
+                raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
+        return [name for name in found if _REPOSITORY.fullmatch(name)]
 
     def space_mb(self) -> tuple[int, int, int]:
         """Total, used and free MB of the file system; a bucket has no end but TOTAL_MB."""
@@ -177,8 +197,9 @@ class Store:
         return total >> 10, used >> 10, free >> 10
 
     def require_marker(self) -> None:
-        """`Unavailable` unless the place is known to be a store."""
+        """`Unavailable` unless the place is known to be a store; `Misconfigured` without a bucket."""
         if self.settings.s3:
+            bucket(self.call, self.settings).require()
             return
         try:
             if MARKER in sftp.names(self.settings.target, self.settings.base):
@@ -200,6 +221,7 @@ class Store:
                 f"{settings.location(str(vm_id)).url}: there is no repository, but there were backups"
             )
         if settings.s3:
+            bucket(call, settings).require()  # restic would make it
             self.repository(vm_id).must("init")
             return
         self._write_marker()
@@ -210,7 +232,7 @@ class Store:
             sftp.batch(settings.target, [f"rename {source} {target}"])
         except DriverFailed:
             self._remove_new(new)
-            if str(vm_id) not in self.vms():
+            if str(vm_id) not in self.repositories():
                 raise
 
     def _write_marker(self) -> None:
@@ -293,7 +315,7 @@ class Store:
 
         It is ended if it cannot succeed any more: restic itself tries for a quarter of an hour.
         """
-        asked, looked = held.asked, 0
+        asked, looked, retries = held.asked, 0, 0
         with selectors.DefaultSelector() as selector:
             selector.register(storing, selectors.EVENT_READ)
             if asked is not None:
@@ -307,7 +329,11 @@ class Store:
                     asked = None
                     held.let_go.set()
                 storing.stop_if_lost()
-                failures = storing.so_far().stderr.count(b"Failure")
+                said = storing.so_far().stderr
+                if (again := said.count(_TRIES_AGAIN)) > retries and not storing.ended:
+                    retries = again
+                    self.call.warn(f"restic tries again: {program.last_line(said, _TRIES_AGAIN)}")
+                failures = said.count(b"Failure")
                 if failures > looked and not storing.ended:
                     looked = failures
                     if self._free_kb() <= _FULL_KB:

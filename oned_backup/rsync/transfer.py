@@ -90,6 +90,9 @@ class Transfer:
         prepared = self._server.prepare(self._vm, self._backup_id)
         if prepared.finished:
             return None
+        if self._begun:
+            there_mb = prepared.partial_bytes >> 20
+            self._call.warn(f"{self._server.settings.target} answers again and has {there_mb} MB: going on")
         if prepared.partial_bytes > self._there_bytes:
             self._there_bytes, self._last_news = prepared.partial_bytes, time.monotonic()
             self._pause_s = _FIRST_PAUSE_S
@@ -98,7 +101,8 @@ class Transfer:
             if any(size >= sizes.get(name, 0) for name, size in prepared.partial.items()):
                 prepared = self._anew("holds other files")
             needed = files.total_bytes + files.manifest_bytes
-            if needed - prepared.partial_bytes > prepared.space.free:
+            least = files.least_bytes + files.manifest_bytes
+            if least - prepared.partial_bytes > prepared.space.free:
                 raise self._no_space(needed, prepared.space)
             try:
                 if any(file.head_bytes for file in files.files):

@@ -34,7 +34,7 @@ from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest
 from oned_backup.model.names import checked_name
 from oned_backup.sdk import restore_points
 from oned_backup.sdk.call import Answer, Call
-from oned_backup.sdk.download import wanted_disk, write_disk
+from oned_backup.sdk.download import salvages, wanted_disk, write_disk
 from oned_backup.sdk.entry import Driver
 from oned_backup.sdk.opennebula import VM_XML, is_made_up, plain_vm_xml
 from oned_backup.sdk.publish import Folder
@@ -97,7 +97,9 @@ class FolderStore(Driver):
         with self.open_vm(call, url.vm_id) as folder, ExitStack() as stack:
             chain = restore_points.url_chain(Manifests(folder), url)
             _say_what_is_unproved(call, chain)
-            layers = [open_layer(stack, folder, manifest, url.disk_id) for manifest in chain]
+            layers = [
+                open_layer(stack, folder, manifest, url.disk_id, salvage=salvages(call)) for manifest in chain
+            ]
             return write_disk(call, url, layers)
 
     def verify(self, call: Call) -> Answer:
@@ -105,23 +107,23 @@ class FolderStore(Driver):
         percent = call.integer_option("PERCENT")
         if percent is not None and not 1 <= percent <= 100:
             raise InvalidInput(f"option PERCENT: {percent} is not between 1 and 100")
-        with self.open_vm(call, call.vm_id) as folder:
-            found = [_verify(call, folder, name, percent) for name in restore_points.meant_backups(call)]
+        meant = restore_points.meant_backups(call)
+        try:
+            with self.open_vm(call, call.vm_id) as folder:
+                found = [_verify(call, folder, name, percent) for name in meant]
+        except NotFound as error:  # the store is there, but nothing of the VM is
+            found = [VerifiedBackup(name, 0, ((MANIFEST, error.message),)) for name in meant]
         return {"REPORT": VerifyReport(tuple(found)).to_xml()}
 
     def catalogue(self, call: Call) -> Answer:
         """The manifests of all finished backups."""
-        manifests, unreadable = [], []
+        manifests: list[str] = []
+        unreadable: list[tuple[str, str]] = []
         with self.open_base(call) as base:
             is_store(call, base)
             for vm in vm_names(base):
                 with base.folder(vm) as folder:
-                    load = Manifests(folder)
-                    for backup_id in finished_names(folder):
-                        try:
-                            manifests.append(one_line(load(backup_id)))
-                        except DataCorrupt as error:
-                            unreadable.append((f"{vm}/{backup_id}", error.message))
+                    list_manifests(folder, vm, manifests, unreadable)
         return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
 
     @contextmanager
@@ -181,6 +183,18 @@ def removing_name(backup_id: str) -> str:
 def finished_names(folder: Folder) -> list[str]:
     """The ids of the finished backups of a VM."""
     return [name for name in folder.names() if not name.startswith(".")]
+
+
+def list_manifests(
+    folder: Folder, where: str, manifests: list[str], unreadable: list[tuple[str, str]]
+) -> None:
+    """Add the manifests of the finished backups of a VM, and what is wrong with those that cannot be read."""
+    load = Manifests(folder)
+    for backup_id in finished_names(folder):
+        try:
+            manifests.append(one_line(load(backup_id)))
+        except DataCorrupt as error:
+            unreadable.append((f"{where}/{backup_id}", error.message))
 
 
 def vm_names(base: Folder) -> list[str]:

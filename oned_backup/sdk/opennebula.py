@@ -5,6 +5,9 @@
         disk.<disk id>.<increment>       qcow2; increments name a backing file that is there no more
         disk.tpm.0                       perhaps
 
+In a restic repository of a backup job (BASE_PATH/job_<job id>) lie the backups of several VMs; there
+the id of a backup is `job_12.25f4b298`: the repository belongs to it.
+
 There are no checksums: such a backup can be restored, and its images are checked for being
 sound qcow2 files, but nothing proves their content. Nothing in it is trusted:
 whether a file is full or an increment is taken from its header (where the name of the backing file
@@ -35,7 +38,7 @@ MAKER = "opennebula"
 VM_XML = "vm.xml"
 
 #: of rsync, and the short ids of restic_snapshots
-_ID = re.compile(r"[0-9a-f]{6}(?:[0-9a-f]{2})?")
+_ID = re.compile(r"(?:(job_\d{1,9})\.)?[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)
 _DISK = re.compile(r"disk\.(\d{1,9})\.(\d{1,9})")
 _MAX_VM_XML_BYTES = 16 << 20
 _HEADER_BYTES = 64 << 10
@@ -45,6 +48,12 @@ _MAX_NAME = 128
 def may_be_foreign(backup_id: str) -> bool:
     """Whether OpenNebula gives such names to backups; ours look different."""
     return _ID.fullmatch(backup_id) is not None
+
+
+def repository_of(backup_id: str) -> str:
+    """The repository of a backup job (`job_12`) that a backup lies in; empty for all others."""
+    found = _ID.fullmatch(backup_id)
+    return (found[1] or "") if found else ""
 
 
 def is_made_up(manifest: Manifest) -> bool:

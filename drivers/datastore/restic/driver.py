@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from oned_backup.contract.documents import Catalogue
-from oned_backup.errors import Busy, DataCorrupt, NotFound
+from oned_backup.contract.url import parse_url
+from oned_backup.errors import Busy, DataCorrupt, InvalidInput, NotFound, Unsupported
 from oned_backup.model.manifest import Manifest
 from oned_backup.restic.store import Store
 from oned_backup.restic.view import StoredBackups
@@ -19,12 +20,12 @@ from oned_backup.sdk import Answer, Call, restore_points
 from oned_backup.sdk.folder_store import (
     FolderStore,
     finished_name,
-    finished_names,
+    list_manifests,
     merged_files,
-    one_line,
     refuse_parents,
     stored_answer,
 )
+from oned_backup.sdk.opennebula import repository_of
 from oned_backup.sdk.stored import Manifests
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class ResticDatastore(FolderStore):
 
     @contextmanager
     def open_vm(self, call: Call, vm_id: int) -> Iterator[StoredBackups]:
-        """The finished backups of a VM."""
-        with Store(call).opened(vm_id) as folder:
+        """The finished backups of a VM that the call may mean: those in one repository."""
+        with Store(call).opened(vm_id, _job(call)) as folder:
             yield folder
 
     def backup(self, call: Call) -> Answer:
@@ -50,6 +51,8 @@ class ResticDatastore(FolderStore):
         """Store the merged backup beside those that it replaces, as a backup is stored."""
         from oned_backup.sdk.flatten import flattened  # noqa: PLC0415 - loads the data engine
 
+        if job := _job(call):
+            raise Unsupported(f"{job}: what is in OpenNebula's repository of a job is not merged")
         backup_id = finished_name(call.backup.id)
         with self.open_vm(call, call.vm_id) as folder:
             if folder.has(backup_id):  # asked again
@@ -74,13 +77,14 @@ class ResticDatastore(FolderStore):
     def rm(self, call: Call) -> None:
         """Forget backups that no other one continues; a later prune frees their space."""
         store, ids = Store(call), [finished_name(name) for name in restore_points.meant_backups(call)]
+        job = _job(call)
         try:
-            with store.opened(call.vm_id) as folder:
+            with store.opened(call.vm_id, job) as folder:
                 refuse_parents(call, folder, ids)
                 left = [short for backup_id in ids for short in folder.restic_snapshots(backup_id)]
         except NotFound:
             return
-        store.forget(store.repository(call.vm_id), left)
+        store.forget(store.repository(job or call.vm_id), left)
 
     def monitor(self, call: Call) -> Answer:
         """How full the server's file system is."""
@@ -91,29 +95,26 @@ class ResticDatastore(FolderStore):
     def catalogue(self, call: Call) -> Answer:
         """The manifests of all finished backups."""
         store = Store(call)
-        manifests, unreadable = [], []
-        for vm in store.vms():
+        manifests: list[str] = []
+        unreadable: list[tuple[str, str]] = []
+        for name in store.repositories():
             try:
-                with store.opened(vm) as folder:
-                    load = Manifests(folder)
-                    for backup_id in finished_names(folder):
-                        try:
-                            manifests.append(one_line(load(backup_id)))
-                        except DataCorrupt as error:
-                            unreadable.append((f"{vm}/{backup_id}", error.message))
+                with store.opened_all(name) as folders:
+                    for folder in folders:
+                        list_manifests(folder, name, manifests, unreadable)
             except DataCorrupt as error:
-                unreadable.append((vm, error.message))
+                unreadable.append((name, error.message))
         return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
 
     def prune(self, call: Call) -> Answer:
         """Free what no backup needs, in each repository; one that is in use has its turn next time."""
         store = Store(call)
         before = store.space_mb()[1]
-        for vm in store.vms():
+        for name in store.repositories():
             try:
-                store.prune(vm)
+                store.prune(name)
             except Busy as error:
-                call.warn(f"VM {vm} is left for the next time: {error.message}")
+                call.warn(f"repository {name} is left for the next time: {error.message}")
             except NotFound:
                 continue
         return {"FREED_MB": max(before - store.space_mb()[1], 0)}
@@ -139,6 +140,18 @@ class ResticDatastore(FolderStore):
         if manifest is None:
             raise NotFound(f"backup {backup_id} comes and goes")
         return manifest
+
+
+def _job(call: Call) -> str:
+    """OpenNebula's repository of a job, if the backups that the call means lie in one."""
+    if call.action == "download":
+        ids = [backup_id for _, backup_id in parse_url(call.option("URL")).chain]
+    else:
+        ids = list(restore_points.meant_backups(call))
+    jobs = {repository_of(backup_id) for backup_id in ids}
+    if len(jobs) > 1:
+        raise InvalidInput(f"backups in several repositories: {', '.join(ids)}")
+    return next(iter(jobs), "")
 
 
 DRIVER = ResticDatastore()

@@ -51,12 +51,12 @@ def made_chain(sshd: Sshd, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 @pytest.fixture
 def restic(tmp_path: Path) -> Callable[..., str]:
-    """Runs restic itself on the repository of a store's VM, which lies on this machine."""
+    """Runs restic itself on the repository of a store's VM, or another, which lies on this machine."""
     password = tmp_path / "password"
     password.write_text(PASSWORD)
 
-    def call(store: Store, *words: object) -> str:
-        repository = store.base / str(store.vm_id)
-        return run("restic", "--no-cache", "--repo", repository, "--password-file", password, *words)
+    def call(store: Store, *words: object, repository: str = "") -> str:
+        place = store.base / (repository or str(store.vm_id))
+        return run("restic", "--no-cache", "--repo", place, "--password-file", password, *words)
 
     return call

@@ -16,6 +16,7 @@ from opennebula_store import OpenNebulaStore
 from sshd import Sshd
 from stores import Chain, Disk, Store, export, exports_of, run
 
+from oned_backup.contract.request import Backup
 from oned_backup.errors import (
     Conflict,
     DriverFailed,
@@ -23,7 +24,9 @@ from oned_backup.errors import (
     NoSpace,
     PermissionDenied,
     Unavailable,
+    Unsupported,
 )
+from oned_backup.model.manifest import parse_manifest
 
 MIB = 1 << 20
 ID, OTHER_ID = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb"
@@ -64,6 +67,7 @@ def test_an_id_that_is_new_is_not_looked_for_and_any_other_is(
     assert store.failures() == {ID: {}}
 
 
+@pytest.mark.fault("store", "wrong password")
 def test_a_wrong_password_is_denied_and_one_that_was_forgotten_is_misconfigured(made_chain: Chain) -> None:
     with pytest.raises(PermissionDenied, match="RESTIC_PASSWORD does not open"):
         replace(made_chain.store, secrets={"RESTIC_PASSWORD": "wrong"}).ls()
@@ -71,6 +75,7 @@ def test_a_wrong_password_is_denied_and_one_that_was_forgotten_is_misconfigured(
         replace(made_chain.store, secrets={}).ls()
 
 
+@pytest.mark.fault("store", "unreachable at the start")
 def test_a_server_that_is_down_is_unavailable(made_chain: Chain, sshd: Sshd, disk: Disk) -> None:
     store = replace(made_chain.store, chain=list(made_chain.store.chain))
     sshd.stop()
@@ -84,6 +89,7 @@ def test_a_server_that_is_down_is_unavailable(made_chain: Chain, sshd: Sshd, dis
         sshd.start()
 
 
+@pytest.mark.fault("store", "host key changed")
 def test_a_host_key_that_is_not_known_is_misconfigured(made_chain: Chain, sshd: Sshd) -> None:
     sshd.forget()
     try:
@@ -124,28 +130,67 @@ def test_a_parent_stays_and_what_went_is_freed_by_prune(
     assert size_of(store) < before - 7 * MIB
 
 
-def test_opennebulas_repositories_are_read_where_they_are(
-    make: Callable[..., Store], tmp_path: Path, restic: Callable[..., str]
-) -> None:
-    store = make()
-    staging = tmp_path / "var/lib/one/datastores/0"
-    foreign = OpenNebulaStore(replace(store, base=staging, chain=[]), tmp_path)
-    restic(store, "init")
+def stored_by_opennebula(
+    store: Store, root: Path, restic: Callable[..., str], repository: str
+) -> OpenNebulaStore:
+    """A full backup and an increment of a VM; the store's chain gets their short ids."""
+    staging = root / "var/lib/one/datastores/0"
+    foreign = OpenNebulaStore(replace(store, base=staging, chain=[]), root)
     for number, changes in enumerate([(), ("write -P 3 512k 128k", "write -z 6M 64k")]):
         foreign.add("backup", number, *changes)
-        folder = staging / "7/backup"
-        said = restic(
-            store, "backup", "--force", "--json", "--tag", "one-7", *sorted(folder.iterdir())
-        ).splitlines()
+        folder = staging / f"{store.vm_id}/backup"
+        words = ["backup", "--force", "--json", "--tag", f"one-{store.vm_id}", *sorted(folder.iterdir())]
+        said = restic(store, *words, repository=repository).splitlines()
         store.chain.append(json.loads(said[-1])["snapshot_id"][:8])
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
+    return foreign
+
+
+def test_opennebulas_repositories_are_read_where_they_are(
+    make: Callable[..., Store], tmp_path: Path, restic: Callable[..., str]
+) -> None:
+    store = make()
+    restic(store, "init")
+    foreign = stored_by_opennebula(store, tmp_path, restic, "7")
     assert [len(store.catalogue().manifests), store.catalogue().unreadable] == [2, ()]
     assert store.url() == f"restic://100/-/0:{store.chain[0]},1:{store.chain[1]}/7/disk.0"
     path = "/var/lib/one/datastores/0/7/backup/disk.0.1"
     assert store.download(f"restic://100//0:{store.chain[0]},1:{store.chain[1]}{path}") == foreign.expected[1]
     assert store.plan().file("vm.xml").startswith(b"<VM>")
+
+
+def test_a_repository_of_opennebulas_for_a_job_has_backups_of_several_vms(
+    make: Callable[..., Store], tmp_path: Path, restic: Callable[..., str]
+) -> None:
+    first = make()
+    second = replace(first, vm_id=8, chain=[])
+    restic(first, "init", repository="job_12")
+    expected, short_ids = [], []
+    for store in (first, second):
+        root = tmp_path / f"of-{store.vm_id}"
+        root.mkdir()
+        expected.append(stored_by_opennebula(store, root, restic, "job_12").expected)
+        short_ids.append(list(store.chain))
+        store.chain[:] = [f"job_12.{short}" for short in store.chain]
+    listed = [parse_manifest(text) for text in first.catalogue().manifests]
+    assert sorted((one.vm_id, one.id) for one in listed) == sorted(
+        (store.vm_id, name) for store in (first, second) for name in store.chain
+    )
+    assert [first.download(first.url(number)) for number in range(2)] == expected[0]
+    path = "/var/lib/one/datastores/0/8/backup/disk.0.0"
+    typed = f"restic://100/12/0:{short_ids[1][0]},1:{short_ids[1][1]}{path}"
+    assert second.download(typed) == expected[1][1]
+    assert second.plan().file("vm.xml").startswith(b"<VM>")
+    assert first.failures() == {name: {} for name in first.chain}
+    merging = Backup(id=ID, chain_id=first.chain[0], increment_id=1, date=1)
+    with pytest.raises(Unsupported, match="job_12: what is in OpenNebula's repository"):
+        first.call("increment_flatten", {"MERGE_IDS": ",".join(first.chain)}, backup=merging)
+    first.call("rm")
+    first.call("prune")
+    assert [parse_manifest(text).vm_id for text in second.catalogue().manifests] == [8, 8]
+    assert second.download(second.url()) == expected[1][1]
 
 
 def big(tmp_path: Path, store: Store, size: int = 24 * MIB) -> Disk:
@@ -194,6 +239,7 @@ def restic_processes(word: str) -> list[int]:
     return found
 
 
+@pytest.mark.fault("store", "program (rsync, restic) killed here or there")
 def test_a_killed_restic_leaves_a_good_store(make: Callable[..., Store], tmp_path: Path, disk: Disk) -> None:
     store = make(RESTIC_BWLIMIT="2048")
     large = big(tmp_path, store)
@@ -216,6 +262,7 @@ def test_a_killed_restic_leaves_a_good_store(make: Callable[..., Store], tmp_pat
     assert broken.download(broken.url()) == (tmp_path / "noise").read_bytes()
 
 
+@pytest.mark.fault("store", "unreachable in mid-transfer")
 def test_a_server_that_goes_away_in_mid_backup_is_unavailable(
     make: Callable[..., Store], tmp_path: Path, sshd: Sshd, disk: Disk
 ) -> None:
@@ -233,6 +280,7 @@ def test_a_server_that_goes_away_in_mid_backup_is_unavailable(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+@pytest.mark.fault("store", "full in mid-transfer")
 def test_a_full_server_is_no_space_and_is_cleaned(
     make: Callable[..., Store], tmp_path: Path, disk: Disk
 ) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oned_backup.contract.url import DiskUrl, parse_url
 from oned_backup.errors import InvalidInput, OnedBackupError, Unsupported
 
-SOURCES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True)
+#: but no short ids of OpenNebula's restic_snapshots, to which the job belongs
+SOURCES = st.from_regex(r"(?![0-9a-f]{8}\Z)[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True)
 NUMBERS = st.integers(0, 999_999_999)
 
 
@@ -67,7 +68,15 @@ def test_a_path_in_front_changes_nothing(
         ),
         (
             "restic://100/12/0:25f4b298/var/lib/one/datastores/0/53/backup/disk.0",
-            DiskUrl("restic", 100, ((0, "25f4b298"),), 53, 0, job_id=12),
+            DiskUrl("restic", 100, ((0, "job_12.25f4b298"),), 53, 0, job_id=12),
+        ),
+        (
+            "restic://100/12/0:job_12.25f4b298/53/disk.0",
+            DiskUrl("restic", 100, ((0, "job_12.25f4b298"),), 53, 0, job_id=12),
+        ),
+        (
+            "rsync://100/12/0:a78156/var/lib/one/datastores/100/13/a78156/disk.0.0",
+            DiskUrl("rsync", 100, ((0, "a78156"),), 13, 0, job_id=12),
         ),
         (  # OpenNebula names the file of increment 0 though the list goes further
             "rsync://100//0:a78156,1:c1a00b/var/lib/one/datastores/100/13/a78156/disk.0.0",
