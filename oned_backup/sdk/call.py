@@ -180,11 +180,14 @@ class Call:
 
         return BackupFiles(self)
 
-    def require_space(self, path: Path, needed_bytes: int) -> None:
-        """Raise `NoSpace` unless `needed_bytes` are free at `path`; a later ENOSPC tells the same numbers."""
+    def require_space(self, path: Path, needed_bytes: int, least_bytes: int | None = None) -> None:
+        """Raise `NoSpace` unless `needed_bytes` are free at `path`; a later ENOSPC tells the same numbers.
+
+        `least_bytes`: what is asked for where that is an upper bound, so that nothing is refused that fits.
+        """
         self.space = failures.Space(path, needed_bytes)
         free = self.space.free_bytes()
-        if free < needed_bytes:
+        if free < (needed_bytes if least_bytes is None else least_bytes):
             raise failures.no_space(self.space, free)
 
     def log(self, text: str, level: log.Level = log.Level.INFO) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
+from oned_backup import failpoints
 from oned_backup.contract.exports import BackupType, DiskExport, Exports
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.errors import DriverBug, DriverFailed, InvalidInput, Unavailable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 #: beside the file of a disk: the digests of its clusters
 BLOCKS_SUFFIX = ".blocks"
 _READ_BYTES = 1 << 20
+#: hardly any disk gets smaller than this part of itself
+_COMPRESSED_PART = 8
 
 Chunk = bytes | memoryview
 
@@ -76,6 +79,8 @@ class BackupFile:
             yield chunk
             done += size
             self._advance(size)
+            if self._hash_of is not None:
+                failpoints.reach("disk.chunk")
         expected = self._size_of() if self._size_of else self.size_bytes
         if done != expected:
             raise Unavailable(f"{self.name}: {done} bytes could be read, {expected} were announced")
@@ -101,6 +106,10 @@ class BackupFiles:
             self._stack.close()
             raise
         self.total_bytes = sum(file.size_bytes for file in self._files)
+        #: with less room than this there is no point in beginning
+        self.least_bytes = sum(
+            file.size_bytes // (_COMPRESSED_PART if file.uncompressed_bytes else 1) for file in self._files
+        )
 
     def __enter__(self) -> Self:
         return self

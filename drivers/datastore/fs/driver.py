@@ -118,7 +118,7 @@ def _published(call: Call, base: Folder, folder: Folder, open_files: Callable[[]
     folder.remove(partial)
     try:
         with open_files() as files, folder.make_folder(partial) as target:
-            call.require_space(call.base_path, files.total_bytes)
+            call.require_space(call.base_path, files.total_bytes, files.least_bytes)
             for file in files:
                 if file.name == MANIFEST:
                     target.publish_file(MANIFEST, b"".join(file.chunks()))

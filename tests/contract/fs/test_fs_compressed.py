@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import Chain, copy_chain, make_chain, make_store
+from stores import Chain, Disk, Store, copy_chain, export, exports_of, make_chain, make_store, run
 
 from oned_backup.contract.request import Backup
-from oned_backup.errors import DataCorrupt, Misconfigured
+from oned_backup.errors import DataCorrupt, Misconfigured, NoSpace
 from oned_backup.runner.kit.check import check_driver
 from oned_backup.runner.kit.clause import Status
 
@@ -96,3 +98,33 @@ def test_plain_and_compressed_backups_form_one_chain_and_are_merged(packed: Chai
 def test_other_methods_are_refused(tmp_path: Path, wanted: str) -> None:
     with pytest.raises(Misconfigured, match="COMPRESSION"):
         make_chain(make_store(tmp_path, DRIVER, {"COMPRESSION": wanted}))
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Iterator[Store]:
+    """A compressing store with 16 MB."""
+    store = make_store(tmp_path, DRIVER, {"COMPRESSION": "zstd:1"})
+    run("mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "small", store.base)
+    yield store
+    run("umount", "--lazy", store.base)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_what_fits_when_compressed_is_not_refused(small_store: Store) -> None:
+    disk = Disk.create(small_store.root / "disk.qcow2", "40M")
+    disk.write("write -P 7 0 40M")
+    with disk.served() as socket:
+        small_store.backup(IDS[0], exports_of(export(disk, socket)))
+    copy = disk.copy_raw(small_store.root / "copy").read_bytes()
+    assert small_store.download(small_store.url(), small_store.root / "restored") == copy
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_what_does_not_get_smaller_fills_the_store_and_leaves_nothing(small_store: Store) -> None:
+    noise = small_store.root / "noise"
+    noise.write_bytes(os.urandom(40 << 20))
+    disk = Disk.create(small_store.root / "disk.qcow2", "40M")
+    disk.write(f"write -s {noise} 0 40M")
+    with disk.served() as socket, pytest.raises(NoSpace, match=r"4\d MB needed, 1\d MB free"):
+        small_store.backup(IDS[0], exports_of(export(disk, socket)))
+    assert small_store.names() == set()
