@@ -6,6 +6,7 @@ directory (0700) may do everything; there are no users here.
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Annotated, Any
 
@@ -34,9 +35,7 @@ from oned_backup.errors import (
 )
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import DEFAULT_URI, Host
-from oned_backup.model.image import Image
-from oned_backup.model.vm import Vm
-from oned_backup.operations import inventory, retention
+from oned_backup.operations import inventory, retention, scrub
 from oned_backup.operations.services import query_caller, resolve
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState
@@ -132,6 +131,7 @@ class RestoreBody(_Body):
     host_id: int | None = None
     define_host_id: int | None = None
     salvage: bool = False
+    check_space: bool = True
 
 
 class VerifyBody(_Body):
@@ -228,8 +228,8 @@ def _add_general(app: FastAPI, service: Service) -> None:
             "installation": store.installation,
             "started_at": service.started_at,
             "recovered": service.recovered.is_set(),
-            "running": len(journal.list(state=OperationState.RUNNING)),
-            "queued": len(journal.list(state=OperationState.QUEUED)),
+            "running": journal.count(OperationState.RUNNING),
+            "queued": journal.count(OperationState.QUEUED),
             "state_dir": str(service.settings.state_dir),
         }
 
@@ -345,7 +345,8 @@ def _add_datastores(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/datastores/{datastore_id}")
     def show(datastore_id: int) -> Any:
-        return views.datastore_view(services.datastore(datastore_id))
+        datastore = services.datastore(datastore_id)
+        return {**views.datastore_view(datastore), "proof": scrub.view(services, datastore)}
 
     @app.patch("/v1/datastores/{datastore_id}")
     def update(datastore_id: int, body: DatastoreChange) -> Any:
@@ -369,6 +370,10 @@ def _add_datastores(app: FastAPI, service: Service) -> None:
     @app.post("/v1/datastores/{datastore_id}/prune")
     def prune(datastore_id: int) -> Any:
         return views.operation_view(service, requests.prune(service, datastore_id))
+
+    @app.post("/v1/datastores/{datastore_id}/scrub")
+    def read_again(datastore_id: int) -> Any:
+        return views.operation_view(service, requests.scrub(service, datastore_id))
 
 
 def _add_images(app: FastAPI, service: Service) -> None:

@@ -216,6 +216,9 @@ def restore(
     no_nic: Annotated[bool, typer.Option("--no-nic", help="Without network interfaces.")] = False,
     no_ip: Annotated[bool, typer.Option("--no-ip", help="With new MAC addresses.")] = False,
     salvage: _Salvage = False,
+    space_check: Annotated[
+        bool, typer.Option("--space-check/--no-space-check", help="Look for free space in DIR first.")
+    ] = True,
     wait: Wait = True,
     json: Json = False,
 ) -> None:
@@ -232,6 +235,7 @@ def restore(
         "format": image_format,
         "define_host_id": None if define is None else api.resolve("host", define),
         "salvage": salvage,
+        "check_space": space_check,
     }
     operation = api.post(f"images/{image}/restore", body)
     follow.conclude(api, operation, wait=wait, as_json=json, show=_show_restored)

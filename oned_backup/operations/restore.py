@@ -36,6 +36,7 @@ from oned_backup.errors import (
 )
 from oned_backup.model.domain import RestoredDisk, rebuild_domain
 from oned_backup.model.host import Host
+from oned_backup.model.manifest import StoredFile
 from oned_backup.model.names import checked_name
 from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
@@ -167,8 +168,13 @@ def _prepare(context: Context) -> Mapping[str, Any]:
     disks = {
         disk.disk_id: NewDisk(disk.disk_id, names[str(disk.disk_id)], disk.size_bytes) for disk in plan.disks
     }
+    room_bytes = 0
+    if context.arguments.get("check_space", True):
+        room_bytes = sum(_least_bytes(context, disk) for disk in plan.disks)
     try:
-        found = targets.prepare(context, datastore, disks, dict(plan.files), context.facts["format"])
+        found = targets.prepare(
+            context, datastore, disks, dict(plan.files), context.facts["format"], room_bytes=room_bytes
+        )
         return {"targets": found}
     except Conflict as error:
         raise Conflict(error.message, hint="Choose an empty directory with --to.") from error
@@ -230,15 +236,30 @@ def _enter_damage(context: Context, plan: RestorePlan, disk_id: int, damage: obj
 
 
 def _expected_bytes(context: Context, disk: StoredDisk) -> int:
-    """About how much there is to read for a disk: the files of its chain, as far as they are known."""
-    total = 0
+    """About how much there is to read for a disk."""
+    return sum(file.size_bytes for file in _chain_files(context, disk))
+
+
+def _least_bytes(context: Context, disk: StoredDisk) -> int:
+    """About how much a disk takes at least: as much as the largest file of its chain has.
+
+    Less only if the guest has freed a lot since that one was made.
+    """
+    files = _chain_files(context, disk)
+    largest = max((file.uncompressed_bytes or file.size_bytes for file in files), default=0)
+    return min(largest, disk.size_bytes)
+
+
+def _chain_files(context: Context, disk: StoredDisk) -> list[StoredFile]:
+    """The files of a disk's chain, as far as the catalogue knows them."""
+    files = []
     for _, backup_id in parse_url(disk.url).chain:
         with suppress(OnedBackupError):
             manifest = stored.manifest_of(context.services, backup_id)
             there = manifest.disk(disk.disk_id)
             file = manifest.file(there.file) if there else None
-            total += file.size_bytes if file else 0
-    return total
+            files += [file] if file else []
+    return files
 
 
 def _place(context: Context) -> Mapping[str, Any]:
@@ -259,7 +280,7 @@ def _define(context: Context) -> Mapping[str, Any]:
 
 
 def _keep_if_defined(context: Context) -> None:
-    """Undo of DEFINE: nothing if there is no such domain; else its files must stay."""
+    """Undo of DEFINE: nothing if our domain is not there; else its files must stay."""
     if not context.facts.get("defines"):
         return
     host = context.services.host(context.arguments["define_host_id"])

@@ -52,10 +52,13 @@ def prepare(
     disks: Mapping[int, NewDisk],
     files: Mapping[str, bytes],
     disk_format: str,
+    *,
+    room_bytes: int = 0,
 ) -> dict[str, list[str]]:
     """Have room made for disks and small files; TARGET and FORMAT of each disk, by its id.
 
-    `Unsupported` if the driver of the `datastore` they come from cannot write there.
+    `NoSpace` if less than `room_bytes` are free there, before anything is made. `Unsupported` if the
+    driver of the `datastore` they come from cannot write there.
     """
     caller = context.backup_caller("stream")
     assert caller.source_dir is not None  # noqa: S101 - that is what a backup caller has
@@ -63,9 +66,8 @@ def prepare(
         path = caller.source_dir / name
         path.touch(mode=0o600)
         path.write_bytes(data)
-    answer = _call_tm(
-        context, caller, "pre_restore", DISKS=disks_option(list(disks.values())), FORMAT=disk_format
-    )
+    wanted = {"DISKS": disks_option(list(disks.values())), "FORMAT": disk_format}
+    answer = _call_tm(context, caller, "pre_restore", ROOM_BYTES=str(room_bytes), **wanted)
     targets = targets_from_xml(document(answer, "TARGETS"))
     if set(targets) != set(disks):
         raise DriverBug("TARGETS does not have the disks that were asked for")

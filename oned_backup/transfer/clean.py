@@ -74,7 +74,7 @@ def end_here(task: Task) -> None:
     """End what runs on this machine for an operation on another one, which need not be reachable."""
     if task.host.machine:
         task.host.end_forwards()
-        guard.stop(task)
+        guard.stop(task.local_dir)
         LocalHost().remove(task.local_dir)
 
 

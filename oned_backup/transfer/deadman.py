@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from oned_backup.hypervisor.domain import Domain
+from oned_backup.hypervisor.host import Host
 from oned_backup.ssh.libvirt_uri import parse_uri
 from oned_backup.transfer import guard
 from oned_backup.transfer.task import Task
@@ -31,8 +32,17 @@ _LATER_S = 5
 #: a link that is lost for so long has ended the backup long ago
 LOST_S = 120
 
-_SCRIPT = """\
+_COMMON = """\
 exec </dev/null >/dev/null 2>&1
+is_lost() { [ -z "$(find "$dir/alive" -newermt "-$lost seconds")" ]; }
+end_servers() {
+  for file in "$dir"/*.pid; do
+    pid=$(cat "$file") && grep -aqF -- "$dir/" "/proc/$pid/cmdline" && kill "$pid"
+  done
+}
+"""
+
+_OF_BACKUP = """\
 dir=$1 uuid=$2 uri=$3 prefix=$4 freeze=$5 lost=$6 room=$7; shift 7
 ask() { timeout 20 virsh -q -c "$uri" "$@"; }
 go_on() {
@@ -57,11 +67,23 @@ while [ -d "$dir" ]; do
   if [ -e "$dir/frozen" ]; then n=$((n + 1)); else n=0; fi
   if [ "$n" -gt "$freeze" ]; then go_on; fi
   if full "$@"; then abort; fi
-  if [ -z "$(find "$dir/alive" -newermt "-$lost seconds")" ]; then
+  if is_lost; then
     if [ ! -d "$dir" ]; then exit; fi
-    go_on; abort
-    for pid in "$dir"/*.pid; do if [ -e "$pid" ]; then kill "$(cat "$pid")"; fi; done
+    go_on; abort; end_servers
     for folder; do rm -f -- "$folder/$prefix"*; done
+    rm -rf -- "$dir"
+  fi
+  sleep 1
+done
+"""
+
+_OF_RESTORE = """\
+dir=$1 work=$2 lost=$3
+while [ -d "$dir" ]; do
+  if is_lost; then
+    if [ ! -d "$dir" ]; then exit; fi
+    end_servers
+    [ -e "$work/.placing" ] || rm -rf -- "$work"
     rm -rf -- "$dir"
   fi
   sleep 1
@@ -82,7 +104,7 @@ def arguments(
     """The command line of the shell; `uri` is libvirt's on that machine, `prefix` that of scratch files."""
     limits = [math.ceil(freeze_s) + _LATER_S, math.ceil(lost_s), guard.MIN_FREE_BYTES // 2]
     places = [str(directory), uuid, uri, prefix, *map(str, limits), *map(str, folders)]
-    return ["setsid", "-f", "sh", "-c", _SCRIPT, "sh", *places]
+    return ["setsid", "-f", "sh", "-c", _COMMON + _OF_BACKUP, "sh", *places]
 
 
 def start(task: Task, domain: Domain, folders: Iterable[Path]) -> str:
@@ -103,6 +125,16 @@ def start(task: Task, domain: Domain, folders: Iterable[Path]) -> str:
         )
     )
     return ""
+
+
+def start_for_servers(host: Host, directory: Path, work: Path, *, lost_s: float = LOST_S) -> None:
+    """Start one for a restore: it ends the servers in `directory` when nobody is left who writes to them.
+
+    Their images, in `work`, go too, unless some of them have been given their names.
+    """
+    host.write_file(directory / guard.ALIVE, b"")
+    places = [str(directory), str(work), str(math.ceil(lost_s))]
+    host.run(["setsid", "-f", "sh", "-c", _COMMON + _OF_RESTORE, "sh", *places])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ process looks at the free space where the scratch files lie. Below the limit,
 or should the guest be paused by an I/O error all the same, it aborts the job and
 lets the guest go on. The reader of the export then fails.
 
+On another machine it also tells the `deadman` that somebody is there, for as long as the daemon lives.
+
 It is found and ended like qemu-nbd: by a locked pid file in the operation's
 socket directory. It ends by itself when the job does; a libvirtd that is being
 restarted is waited for, because the job lives in QEMU and goes on.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import select
 import subprocess
 import sys
 import time
@@ -88,7 +91,7 @@ def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: li
     with connected(uri) as connection:
         domain = find_domain(connection, uuid, "")
         while domain.is_active and backup_job.is_beneath(backup_job.current_socket(domain), operation_dir):
-            if host.machine and time.monotonic() > told_at + _ALIVE_S:
+            if host.machine and time.monotonic() > told_at + _ALIVE_S and not _has_ended(owner):
                 told_at = time.monotonic()
                 _tell_alive(host, operation_dir)
             reason = _shortage(host, folders)
@@ -102,14 +105,13 @@ def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: li
             time.sleep(interval_s)
 
 
-def _stay_alive(host: Host, operation_dir: Path, local_dir: Path) -> None:
-    while local_dir.is_dir():
-        _tell_alive(host, operation_dir)
-        time.sleep(_ALIVE_S)
-
-
 def _tell_alive(host: Host, operation_dir: Path) -> None:
     host.run(["touch", "-c", "--", str(operation_dir / ALIVE)])
+
+
+def _has_ended(owner: int, wait_s: float = 0) -> bool:
+    """Whether the process of this pidfd ends within that time."""
+    return bool(select.select([owner], [], [], wait_s)[0])
 
 
 def _shortage(host: Host, folders: Iterable[Path]) -> str:

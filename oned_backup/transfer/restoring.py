@@ -36,7 +36,8 @@ from oned_backup.hypervisor.host import Completed, LocalHost, host_for
 from oned_backup.hypervisor.host import Host as Machine
 from oned_backup.model.host import Host
 from oned_backup.model.names import checked_name
-from oned_backup.transfer.task import socket_dir_on
+from oned_backup.transfer import deadman, guard
+from oned_backup.transfer.task import socket_dir_on, swtpm_dir_of
 
 _PLACING = ".placing"
 _MADE = ".made"
@@ -54,6 +55,7 @@ class Restoring:
     """
 
     host: Machine
+    uri: str
     operation_id: str
     directory: Path
     servers: Path
@@ -71,7 +73,14 @@ def pre_restore(request: Request, source_dir: Path) -> tuple[DiskTarget, ...]:
     if disk_format not in FORMATS:
         raise InvalidInput(f"option FORMAT: '{disk_format[:20]}' is none of {', '.join(FORMATS)}")
     files = {path.name: path.read_bytes() for path in sorted(source_dir.iterdir())}
-    return prepare(_restoring(request), parse_disks(request.options.get("DISKS", "")), files, disk_format)
+    room = request.options.get("ROOM_BYTES", "")
+    return prepare(
+        _restoring(request),
+        parse_disks(request.options.get("DISKS", "")),
+        files,
+        disk_format,
+        room_bytes=int(room) if room.isdecimal() else 0,
+    )
 
 
 def restore(request: Request) -> None:
@@ -95,19 +104,25 @@ def _restoring(request: Request) -> Restoring:
         raise InvalidInput("request: the option SOCKET_DIR is needed")
     tunnels = sockets / request.operation_id
     if request.host is None:
-        return Restoring(LocalHost(), request.operation_id, directory, tunnels, tunnels)
+        return Restoring(LocalHost(), "", request.operation_id, directory, tunnels, tunnels)
     host = Host(request.host)
     machine = host_for(host.uri, tunnels)
     there = socket_dir_on(machine, host, sockets, request.options.get("INSTALLATION", ""))
-    return Restoring(machine, request.operation_id, directory, there / request.operation_id, tunnels)
+    servers = there / request.operation_id
+    return Restoring(machine, host.uri, request.operation_id, directory, servers, tunnels)
 
 
 def prepare(
-    task: Restoring, disks: Sequence[NewDisk], files: Mapping[str, bytes], disk_format: str
+    task: Restoring,
+    disks: Sequence[NewDisk],
+    files: Mapping[str, bytes],
+    disk_format: str,
+    *,
+    room_bytes: int = 0,
 ) -> tuple[DiskTarget, ...]:
     """Room for the `disks`, and the small `files`; where to write each disk.
 
-    `Conflict` if one of the names is taken.
+    `Conflict` if one of the names is taken; `NoSpace` if less than `room_bytes` are free.
     """
     clean(task, made=True)  # of an attempt before this one
     base = _base(task)
@@ -115,6 +130,7 @@ def prepare(
     taken = _existing(task, [task.directory / name for name in names])
     if taken:
         raise Conflict(f"{taken[0]} exists already")
+    _require_room(task, base, room_bytes)
     work = base / task.work_name
     _run(task, ["mkdir", "-m", "0700", "--", str(work)])
     for name, data in files.items():
@@ -122,6 +138,9 @@ def prepare(
     if not task.host.machine or _is_here(task, work):
         return tuple(DiskTarget(disk.disk_id, str(work / disk.name), disk_format) for disk in disks)
     task.host.make_private_dir(task.servers)
+    deadman.start_for_servers(task.host, task.servers, work)
+    task.tunnels.mkdir(mode=0o700, parents=True, exist_ok=True)
+    guard.start_for_servers(task.uri, task.servers, task.tunnels)
     return tuple(_serve(task, work / disk.name, disk, disk_format) for disk in disks)
 
 
@@ -154,9 +173,11 @@ def place(task: Restoring, names: Sequence[str]) -> None:
 
 def clean(task: Restoring, *, made: bool) -> None:
     """End the servers and remove what has no name yet; with `made` also what `place` has given one."""
+    task.host.end_forwards()
+    guard.stop(task.tunnels)
+    LocalHost().remove(task.tunnels)  # what is here goes first: the host may be out of reach
     offline.stop_servers(task.host, task.servers)
     task.host.remove(task.servers)
-    LocalHost().remove(task.tunnels)
     for work in _works(task):
         if made:  # only what is ours, whoever has put other things there
             placed = sorted(str(task.directory / name) for name in _placed(task))
@@ -196,6 +217,16 @@ def _base(task: Restoring) -> Path:
     if kind != "directory":
         raise InvalidInput(f"{name} is not a directory")
     return Path(name)
+
+
+def _require_room(task: Restoring, base: Path, room_bytes: int) -> None:
+    free_bytes = task.host.free_bytes(base)
+    if free_bytes < room_bytes:
+        place = f"{task.host.machine}:{task.directory}" if task.host.machine else str(task.directory)
+        raise NoSpace(
+            f"{place}: at least {-(-room_bytes >> 20)} MB needed, {free_bytes >> 20} MB free",
+            hint="Make room there, use another directory, or try it all the same with --no-space-check.",
+        )
 
 
 def _work(task: Restoring) -> Path:

@@ -59,10 +59,11 @@ class Backups:
 
     def nothing_left(self) -> None:
         """Neither processes nor files, on the host and here."""
+        left = ("qemu-nbd", ".ctl", "transfer.guard")
         for name in ("daemon", "hv2"):
             machine = self.netlab[name]
             lines = [" ".join(words) for words in machine.processes().values()]
-            assert [line for line in lines if "qemu-nbd" in line or ".ctl" in line] == []
+            assert [line for line in lines if any(word in line for word in left)] == []
         assert list((self.there / "run/oned-backup").glob("*/*")) == []
         assert list((self.there / "srv").rglob(".oned-backup-*")) == []
 
@@ -174,8 +175,14 @@ def test_a_full_host_is_named_and_left_clean(backups: Backups) -> None:
     hv2.run(["mkdir", "/srv/small"])
     hv2.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/srv/small"])
     try:
+        words = ["--host", "hv2", "--to", "/srv/small/vm"]
+        needed = r"exit 73\n.*hv2:/srv/small/vm: at least 3\d MB needed, \d MB free"
+        with pytest.raises(LabError, match=needed):
+            backups.restore(*words)
+        assert backups.newest()["steps"][-1]["name"] == "REMOVE"
+        assert "DOWNLOAD" not in {step["name"] for step in backups.newest()["steps"]}
         with pytest.raises(LabError, match=r"exit 73\n.*hv2:/srv/small/vm: no space left"):
-            backups.restore("--host", "hv2", "--to", "/srv/small/vm")
+            backups.restore(*words, "--no-space-check")
         backups.nothing_left()
         assert hv2.run(["ls", "-A", "/srv/small"]).stdout == b""
     finally:
@@ -220,6 +227,29 @@ def test_a_killed_daemon_leaves_nothing(backups: Backups) -> None:
     assert list((backups.there / "srv").iterdir()) == []
 
 
+def _gone_by_itself(backups: Backups) -> None:
+    """When nobody has been there for too long, the host ends its servers and removes what is unfinished."""
+    hv2 = backups.netlab["hv2"]
+    assert hv2.processes("qemu-nbd")
+    (alive,) = (backups.there / "run/oned-backup").glob("*/*/alive")
+    os.utime(alive, (0, 0))
+    wait_for("end of the servers", lambda: not hv2.processes("qemu-nbd"), 30)
+    wait_for("end of their files", lambda: not list((backups.there / "srv").rglob(".oned-backup-*")), 30)
+
+
+def test_the_host_cleans_up_if_the_daemon_stays_dead(backups: Backups) -> None:
+    operation = _begin(backups)
+    backups.product.kill()
+    watchmen = backups.netlab["daemon"].processes
+    wait_for("end of the watchman", lambda: not watchmen("transfer.guard"), 30)
+    _gone_by_itself(backups)
+    backups.netlab.calm()
+    backups.product.start()
+    assert _ended(backups, operation)["state"] == "FAILED"
+    backups.nothing_left()
+    assert list((backups.there / "srv").iterdir()) == []
+
+
 def test_a_cable_that_is_pulled_and_put_back(backups: Backups) -> None:
     operation = _begin(backups)
     backups.netlab["hv2"].link(up=False)
@@ -228,6 +258,7 @@ def test_a_cable_that_is_pulled_and_put_back(backups: Backups) -> None:
         step = (backups.product.ask("operation", "show", operation)["progress"] or {}).get("step")
         return step in {"REMOVE", "WAIT"}
 
+    _gone_by_itself(backups)
     wait_for("the cable to be missed", noticed, 60)
     view = _ended(backups, operation)
     assert view["state"] == "DONE"

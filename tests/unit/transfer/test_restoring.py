@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab import wait_for
 from sshd import Sshd
 
 from oned_backup.contract.targets import NewDisk
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
 from oned_backup.disk.target import NbdExport, parse_target
-from oned_backup.errors import Conflict, InvalidInput, NotFound, PermissionDenied
+from oned_backup.errors import Conflict, InvalidInput, NoSpace, NotFound, PermissionDenied
 from oned_backup.hypervisor.host import LocalHost
 from oned_backup.hypervisor.ssh_host import SshHost
-from oned_backup.transfer import restoring
+from oned_backup.transfer import guard, restoring
 from oned_backup.transfer.restoring import Restoring, clean, place, prepare
 
 MIB = 1 << 20
@@ -35,7 +37,8 @@ def task(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("ODB_SSH_CONFIG", str(sshd.config))
     tunnels = sshd.directory / "t"
     host = SshHost(sshd.target, "other", tunnels)
-    task = Restoring(host, "op-0123456789ab", tmp_path / "a" / "b", tmp_path / "servers", tunnels)
+    uri = f"qemu+ssh://{sshd.target}/system"
+    task = Restoring(host, uri, "op-0123456789ab", tmp_path / "a" / "b", tmp_path / "servers", tunnels)
     yield task
     clean(task, made=True)
     assert not tunnels.exists()
@@ -79,6 +82,30 @@ def test_a_directory_of_another_machine(
         "nvram.fd",
     ]
     assert not task.servers.exists()
+
+
+def test_servers_end_when_nobody_is_left(task: Restoring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "_is_here", lambda *_: False)
+    prepare(task, [NewDisk(0, "d.qcow2", 8 * MIB)], {"vm.xml": b"one"}, "qcow2")
+    guard.stop(task.tunnels)
+    assert processes("qemu-nbd", str(task.servers))
+    os.utime(task.servers / "alive", (0, 0))
+    wait_for("end of the server", lambda: not processes("qemu-nbd", str(task.servers)), 30)
+    wait_for("removal", lambda: not task.servers.exists(), 30)
+    assert list(task.directory.parents[1].glob(".oned-backup-*")) == []
+    clean(task, made=True)  # nothing there is no error
+
+
+def processes(*words: str) -> list[str]:
+    listed = subprocess.run(["ps", "-ewwo", "args"], check=True, capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if all(word in line for word in words)]
+
+
+def test_too_little_room_is_told_before_anything_is_made(task: Restoring, tmp_path: Path) -> None:
+    for host, name in ((task.host, "other:/"), (LocalHost(), "^/")):
+        with pytest.raises(NoSpace, match=rf"{name}.*/a/b: at least 1099511627776 MB needed, \d+ MB free"):
+            prepare(replace(task, host=host), [], {"vm.xml": b"one"}, "raw", room_bytes=1 << 60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_also_ours(task: Restoring, image: Path) -> None:
