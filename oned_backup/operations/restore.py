@@ -21,6 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
@@ -124,9 +125,11 @@ def _plan_domain(
         raise Conflict(f"host {host.name} has a domain '{name}' already", hint="Choose another --name.")
     manifest = stored.manifest_of(context.services, plan.backup_id)
     device = {disk.disk_id: disk.target for disk in manifest.disks}
+    uuid = str(uuid4())  # ours to choose, so that the domain is known whatever becomes of us
     rebuilt = rebuild_domain(
         domain,
         name=name,
+        uuid=uuid,
         disks={
             device[disk.disk_id]: RestoredDisk(str(directory / names[disk.disk_id]), image_format)
             for disk in plan.disks
@@ -137,7 +140,7 @@ def _plan_domain(
         no_ip=bool(context.arguments.get("no_ip")),
     )
     _keep(context, _DOMAIN_FILE, xmldoc.serialize(rebuilt.element))
-    return {"name": name, "defines": True, "dropped": list(rebuilt.dropped)}
+    return {"name": name, "uuid": uuid, "defines": True, "dropped": list(rebuilt.dropped)}
 
 
 def _free_name(context: Context, host: Host | None, old: str) -> str:
@@ -285,7 +288,7 @@ def _keep_if_defined(context: Context) -> None:
         return
     host = context.services.host(context.arguments["define_host_id"])
     name = context.facts["name"]
-    if name in {domain.name for domain in list_domains(context.caller, host)}:
+    if context.facts["uuid"] in {domain.uuid for domain in list_domains(context.caller, host)}:
         with suppress(OnedBackupError):
             targets.clean(context)
         raise Conflict(

@@ -55,16 +55,29 @@ def require_scratch(host: Host, folders: Iterable[Path]) -> None:
 
 
 def start(task: Task, domain: Domain, folders: Iterable[Path]) -> None:
-    """Start the watchman of a job that has begun; without `folders`, of servers on another machine."""
-    arguments = [task.uri, domain.uuid, *map(str, (task.operation_dir, task.local_dir, *folders))]
-    subprocess.Popen(
-        [sys.executable, "-m", __name__, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-    )
+    """Start the watchman of a job that has begun."""
+    _start(task.uri, domain.uuid, task.operation_dir, task.local_dir, *folders)
+
+
+def start_for_servers(uri: str, operation_dir: Path, local_dir: Path) -> None:
+    """Start the watchman of servers on another machine: it tells their deadman that we are there."""
+    _start(uri, "", operation_dir, local_dir)
+
+
+def _start(uri: str, uuid: str, *places: Path) -> None:
+    owner = os.pidfd_open(os.getppid())
+    try:
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, str(owner), uri, uuid, *map(str, places)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+            pass_fds=[owner],
+        )
+    finally:
+        os.close(owner)
 
 
 def reason_of_abort(task: Task) -> str:
@@ -75,16 +88,18 @@ def reason_of_abort(task: Task) -> str:
         return ""
 
 
-def stop(task: Task) -> None:
+def stop(local_dir: Path) -> None:
     """End the watchman of an operation on another machine."""
-    LocalHost().stop_process(task.local_dir / _PID_FILE)
+    LocalHost().stop_process(local_dir / _PID_FILE)
 
 
-def watch(uri: str, uuid: str, operation_dir: Path, local_dir: Path, folders: list[Path]) -> None:
-    """Look until the operation's job has ended; end it if need be."""
+def watch(owner: int, uri: str, uuid: str, operation_dir: Path, local_dir: Path, *folders: Path) -> None:
+    """Look until the operation's job has ended; end it if need be. `owner`: a pidfd of the daemon."""
     host = host_for(uri, local_dir)
     if not folders:
-        _stay_alive(host, operation_dir, local_dir)
+        while local_dir.is_dir() and not _has_ended(owner):
+            _tell_alive(host, operation_dir)
+            _has_ended(owner, wait_s=_ALIVE_S)
         return
     interval_s = _REMOTE_INTERVAL_S if host.machine else _INTERVAL_S
     told_at = -math.inf
@@ -123,7 +138,7 @@ def _shortage(host: Host, folders: Iterable[Path]) -> str:
     return ""
 
 
-def _main(uri: str, uuid: str, operation: str, local: str, *folders: str) -> None:
+def _main(owner: str, uri: str, uuid: str, operation: str, local: str, *folders: str) -> None:
     operation_dir, local_dir = Path(operation), Path(local)
     descriptor = os.open(local_dir / _PID_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
@@ -132,7 +147,7 @@ def _main(uri: str, uuid: str, operation: str, local: str, *folders: str) -> Non
     while True:
         began = time.monotonic()
         try:
-            watch(uri, uuid, operation_dir, local_dir, [Path(folder) for folder in folders])
+            watch(int(owner), uri, uuid, operation_dir, local_dir, *map(Path, folders))
         except Unavailable:
             now = time.monotonic()
             if now > began + 4 * _INTERVAL_S:  # it had been there, so this is another restart

@@ -64,7 +64,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     unprotected = deadman.start(task, domain, ())
     served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
     if task.host.machine:
-        guard.start(task, domain, ())
+        guard.start_for_servers(task.uri, task.operation_dir, task.local_dir)
     _require_off(domain)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
