@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -163,6 +164,12 @@ def _given(body: BaseModel) -> dict[str, Any]:
     return body.model_dump(exclude_none=True)
 
 
+def _long(rows: list[dict[str, Any]]) -> Response:
+    """A long list of plain data, without FastAPI's look at every value of it."""
+    text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
+    return Response(text, media_type="application/json")
+
+
 def make_app(service: Service) -> FastAPI:
     """The API over a started service."""
     app = FastAPI(title="oned-backup", version=__version__, docs_url=None, redoc_url=None)
@@ -233,6 +240,10 @@ def _add_general(app: FastAPI, service: Service) -> None:
             "state_dir": str(service.settings.state_dir),
         }
 
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(service.metrics.text(store), media_type=CONTENT_TYPE_LATEST)
+
     @app.get("/v1/resolve")
     def resolved(kind: str, ref: str) -> Any:
         return {"id": resolve(store, kind, ref)}
@@ -269,7 +280,7 @@ def _add_hosts(app: FastAPI, service: Service) -> None:
             found = list(inventory.look_at_host(services, host_id))
         except (Unavailable, Busy) as trouble:
             error = error_body(trouble)
-        known = {Vm(entry.element).uuid: Vm(entry.element).id for entry in services.store.find("vm")}
+        known = {row["uuid"]: row["id"] for row in services.store.rows("vm")}
         domains = [
             {"name": one.name, "uuid": one.uuid, "state": one.state.value, "vm_id": known.get(one.uuid)}
             for one in found
@@ -283,7 +294,7 @@ def _add_hosts(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/hosts/{host_id}/import")
     def import_vms(host_id: int, body: ImportBody) -> Any:
-        return inventory.import_vms(services, host_id, body.domains, every=body.all)
+        return _long(inventory.import_vms(services, host_id, body.domains, every=body.all))
 
 
 def _add_vms(app: FastAPI, service: Service) -> None:
@@ -291,7 +302,7 @@ def _add_vms(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/vms")
     def vms() -> Any:
-        return [views.vm_row(services.store, Vm(entry.element)) for entry in services.store.find("vm")]
+        return _long(views.vm_rows(services.store))
 
     @app.get("/v1/vms/{vm_id}")
     def show(vm_id: int) -> Any:
@@ -381,9 +392,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/images")
     def images(vm_id: int | None = None) -> Any:
-        wanted = {} if vm_id is None else {"vm_id": vm_id}
-        found = services.store.find("image", **wanted)
-        return [views.image_row(services.store, Image(entry.element)) for entry in found]
+        return _long(views.image_rows(services.store, vm_id))
 
     @app.get("/v1/images/{image_id}")
     def show(image_id: int) -> Any:
@@ -423,9 +432,19 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/operations")
     def operations(
-        limit: Annotated[int, Query(ge=1, le=_MOST_OPERATIONS)] = 50, state: OperationState | None = None
+        limit: Annotated[int, Query(ge=1, le=_MOST_OPERATIONS)] = 50,
+        state: OperationState | None = None,
+        kind: str | None = None,
+        vm_id: int | None = None,
+        *,
+        failed: bool = False,
     ) -> Any:
-        return [views.operation_row(entry) for entry in journal.list(state=state, limit=limit)]
+        """The newest operations. `failed`: only such, with what was undone and what to do next."""
+        if failed:
+            found = journal.list(state=OperationState.FAILED, kind=kind, vm_id=vm_id, limit=limit)
+            return [views.failed_row(service.services.store, entry) for entry in found]
+        found = journal.list(state=state, kind=kind, vm_id=vm_id, limit=limit)
+        return [views.operation_row(entry) for entry in found]
 
     # Threads of their own: many who wait must not keep others from being answered.
     waiting = CapacityLimiter(_MOST_WAITING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from oned_backup.daemon.progress import Progress
@@ -13,13 +14,15 @@ from oned_backup.errors import DataCorrupt
 from oned_backup.model.backup_config import BackupConfig
 from oned_backup.model.datastore import Datastore, masked
 from oned_backup.model.host import Host
-from oned_backup.model.image import Image
+from oned_backup.model.image import Image, ImageState
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.pruning import pinned
+from oned_backup.model.rows import row as list_row
 from oned_backup.model.selection import select_disks
 from oned_backup.model.views import to_json
 from oned_backup.model.vm import Vm
-from oned_backup.store import Backup, BackupState, Operation, Step, Store
+from oned_backup.operations.failed import failure_of
+from oned_backup.store import Backup, NewestGood, Operation, OperationState, Points, Step, Store
 
 JSON = dict[str, Any]
 
@@ -38,27 +41,18 @@ def host_row(host: Host) -> JSON:
     }
 
 
-def vm_row(store: Store, vm: Vm) -> JSON:
-    """A VM in a list, with its last good backup and when one was last proved."""
-    points = store.backups(vm_id=vm.id)
-    good = max(
-        (point for point in points if point.state is BackupState.GOOD),
-        key=lambda point: point.stored_at,
-        default=None,
-    )
-    proved = [point.verified_at for point in points if point.verified_at is not None]
+def vm_rows(store: Store) -> list[JSON]:
+    """The VMs in a list, each with its last good backup and when one was last proved."""
+    points, newest = store.points_of_vms(), store.newest_good()
+    return [_vm_row(row, points.get(row["id"]), newest.get(row["id"])) for row in store.rows("vm")]
+
+
+def _vm_row(row: JSON, points: Points | None, newest: NewestGood | None) -> JSON:
     return {
-        "id": vm.id,
-        "name": vm.name,
-        "uuid": vm.uuid,
-        "state": vm.state_name,
-        "host_id": vm.host_id,
-        "host": vm.host_name,
-        "mode": vm.config.mode.value,
-        "backups": len(points),
-        "last_backup": None if good is None else point_row(good),
-        "last_verified_at": max(proved, default=None),
-        "error": vm.error,
+        **row,
+        "backups": points.points if points else 0,
+        "last_backup": vars(newest) if newest else None,
+        "last_verified_at": points.last_proved_at if points else None,
     }
 
 
@@ -69,7 +63,11 @@ def vm_view(store: Store, vm: Vm) -> JSON:
     disks += [(entry.disk, False, entry.reason.value, entry.text) for entry in excluded]
     config = vm.config
     return {
-        **vm_row(store, vm),
+        **_vm_row(
+            list_row("vm", vm.element),
+            store.points_of_vms(vm.id).get(vm.id),
+            store.newest_good(vm.id).get(vm.id),
+        ),
         "config": _config_view(config),
         "chain": {"image_id": config.incremental_backup_id, "increment_id": config.last_increment_id}
         if config.has_chain
@@ -88,10 +86,21 @@ def vm_view(store: Store, vm: Vm) -> JSON:
             }
             for disk, is_included, reason, text in sorted(disks, key=lambda entry: entry[0].disk_id)
         ],
-        "images": [image_row(store, Image(entry.element)) for entry in store.find("image", vm_id=vm.id)],
+        "images": image_rows(store, vm.id),
         "operations": [operation_row(entry) for entry in store.journal.list(vm_id=vm.id, limit=5)],
+        "last_failure": _last_failure(store, vm.id),
         "document": to_json(vm.element),
     }
+
+
+def _last_failure(store: Store, vm_id: int) -> JSON | None:
+    """The last backup that failed, and whether a later one succeeded; None if none is known."""
+    failed = store.journal.list(kind="backup", vm_id=vm_id, state=OperationState.FAILED, limit=1)
+    if not failed:
+        return None
+    good = store.journal.list(kind="backup", vm_id=vm_id, state=OperationState.DONE, limit=1)
+    later = bool(good) and good[0].queued_at > failed[0].queued_at
+    return {**failed_row(store, failed[0]), "succeeded_since": later}
 
 
 def _config_view(config: BackupConfig) -> JSON:
@@ -126,24 +135,20 @@ def datastore_view(datastore: Datastore) -> JSON:
     }
 
 
-def image_row(store: Store, image: Image) -> JSON:
-    """An image in a list."""
-    points = store.backups(image_id=image.id)
-    states = {point.state for point in points}
-    proved = [point.verified_at for point in points if point.verified_at is not None]
+def image_rows(store: Store, vm_id: int | None = None) -> list[JSON]:
+    """The images, of one VM or all, in a list."""
+    points = store.points_of_images(vm_id)
+    rows = store.rows("image", **({} if vm_id is None else {"vm_id": vm_id}))
+    return [_image_row(row, points.get(row["id"])) for row in rows]
+
+
+def _image_row(row: JSON, points: Points | None) -> JSON:
+    broken = points is not None and points.broken and row["state"] == ImageState.READY.name
     return {
-        "id": image.id,
-        "name": image.name,
-        "vm_id": image.vm_id,
-        "datastore_id": image.datastore_id,
-        "datastore": image.datastore_name,
-        "state": "BROKEN" if BackupState.BROKEN in states and image.is_ready else image.state_name,
-        "type": "INCREMENT" if image.increments else "FULL",
-        "size_mb": image.size_mb,
-        "created_at": image.created,
-        "restore_points": len(points),
-        "verified_at": max(proved, default=None) if len(proved) == len(points) else None,
-        "error": image.error,
+        **row,
+        "state": "BROKEN" if broken else row["state"],
+        "restore_points": points.points if points else 0,
+        "verified_at": points.last_proved_at if points and not points.unproved else None,
     }
 
 
@@ -154,7 +159,7 @@ def image_view(store: Store, image: Image) -> JSON:
     parents = {entry.source: entry.parent_id for entry in image.increments}
     held = pinned(image)
     return {
-        **image_row(store, image),
+        **_image_row(list_row("image", image.element), store.points_of_images(image.vm_id).get(image.id)),
         "disk_ids": list(image.disk_ids),
         "increments": [
             {
@@ -234,6 +239,19 @@ def operation_row(operation: Operation) -> JSON:
     }
 
 
+def failed_row(store: Store, operation: Operation) -> JSON:
+    """An operation in a list, with what is to be told of it if it failed."""
+    return {
+        **operation_row(operation),
+        "failure": _failure_view(operation, store.journal.steps(operation.id)),
+    }
+
+
+def _failure_view(operation: Operation, steps: Sequence[Step]) -> JSON | None:
+    failure = failure_of(operation, steps)
+    return None if failure is None else asdict(failure)
+
+
 def operation_view(
     service: Service, operation: Operation, *, version: int = 0, steps: Sequence[Step] | None = None
 ) -> JSON:
@@ -249,6 +267,7 @@ def operation_view(
     }
     if steps is not None:
         view["steps"] = [_step_view(step) for step in steps]
+        view["failure"] = _failure_view(operation, steps)
     return view
 
 
@@ -260,6 +279,7 @@ def _progress_view(progress: Progress | None) -> JSON | None:
         "done_bytes": progress.done,
         "total_bytes": progress.total,
         "since": progress.since,
+        "message": progress.message,
         "log": list(progress.lines),
     }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from oned_backup.cli.table import table_lines
 
 _MIB = 1024 * 1024
 
@@ -27,26 +30,14 @@ def warn(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
-    """A table without lines; right-aligned where the name ends with `>`. Fits 80 columns by folding."""
-    from rich import box  # noqa: PLC0415 - loads slowly
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
+    """A table on stdout (see `table_lines`), as wide as the terminal; 80 columns or more elsewhere."""
     if not rows:
         if empty:
             warn(empty)
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    for name in columns:
-        right = name.endswith(">")
-        table.add_column(name.rstrip(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    console = Console(soft_wrap=False, highlight=False)
-    if not sys.stdout.isatty():
-        console.width = max(80, console.width)
-    console.print(table)
+    width = shutil.get_terminal_size((80, 24)).columns
+    lines = table_lines(columns, rows, width if sys.stdout.isatty() else max(80, width))
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def print_fields(fields: Sequence[tuple[str, Any]]) -> None:
@@ -89,3 +80,12 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def age(seconds: float) -> str:
+    """How long ago a time was, in its largest unit: 3 d."""
+    passed = max(time.time() - seconds, 0)
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if passed >= length:
+            return f"{passed // length:.0f} {unit}"
+    return f"{passed:.0f} s"

@@ -8,25 +8,27 @@ One daemon per state directory: the store locks its file.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from oned_backup.config import Settings
+from oned_backup.daemon.metrics import Metrics
 from oned_backup.daemon.progress import ProgressBoard
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
+from oned_backup.operations import prune, scrub
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
-from oned_backup.operations.prune import due
 from oned_backup.operations.recovery import queue_again, recover
 from oned_backup.operations.services import (
     QUERY_PREFIX,
@@ -42,8 +44,11 @@ logger = logging.getLogger(__name__)
 
 #: a worker looks at the queue at least so often
 _LOOK_S = 5.0
-#: how often it is looked whether a store is to be pruned
+#: how often it is looked whether a store is to be pruned or scrubbed
 _UPKEEP_S = 600.0
+#: what the scrubber runs, and what the workers do
+_SCRUBS = frozenset({scrub.SCRUB.name})
+_OTHERS = KINDS.keys() - _SCRUBS
 _OPERATION_ID_LENGTH = len("op-") + 12
 #: how long the journal keeps operations that have ended
 _KEEP_JOURNAL_S = 90 * 86_400
@@ -55,6 +60,7 @@ class Service:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.board = ProgressBoard()
+        self.metrics = Metrics()
         self.started_at = time.time()
         self.recovered = threading.Event()
         self._work = threading.Condition()
@@ -93,6 +99,9 @@ class Service:
         for number in range(self.settings.workers):
             thread = threading.Thread(target=self._worker, name=f"worker-{number}", daemon=True)
             self._threads.append(thread)
+        # What nobody waits for must keep no worker from what somebody does.
+        scrubber = threading.Thread(target=self._worker, args=(_SCRUBS,), name="scrubber", daemon=True)
+        self._threads.append(scrubber)
         recovery = threading.Thread(target=self._recover, name="recovery", daemon=True)
         self._threads.append(recovery)
         self._threads.append(threading.Thread(target=self._upkeep, name="upkeep", daemon=True))
@@ -157,6 +166,7 @@ class Service:
         try:
             for operation in recover(self.services):
                 logger.warning("recovered %s %s: %s", operation.kind, operation.id, operation.state)
+                self.metrics.observe(operation)
                 self.board.changed(operation.id, ended=True)
             self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
             self._sweep()
@@ -187,9 +197,12 @@ class Service:
                 if self._stopping:
                     return
             try:
-                for datastore_id in due(self.services):
+                for datastore_id in prune.due(self.services):
                     arguments = {"datastore_id": datastore_id}
                     self.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
+                for datastore_id in scrub.due(self.services):
+                    scrub.queue(self.services, datastore_id)
+                    self._look()
             except OnedBackupError:
                 logger.exception("upkeep")
             self._pause(_UPKEEP_S)
@@ -201,10 +214,11 @@ class Service:
             while not self._stopping and (left := until - time.monotonic()) > 0:
                 self._work.wait(left)
 
-    def _worker(self) -> None:
+    def _worker(self, kinds: Collection[str] = _OTHERS) -> None:
+        """Run operations of these kinds, one after another, until the daemon stops."""
         self.recovered.wait()
         while True:
-            operation = self._claim()
+            operation = self._claim(kinds)
             if operation is None:
                 return
             try:
@@ -217,14 +231,14 @@ class Service:
                 self.board.changed(operation.id, ended=True)
                 self._look()
 
-    def _claim(self) -> Operation | None:
+    def _claim(self, kinds: Collection[str]) -> Operation | None:
         """The next operation to run, waited for; None when the daemon stops."""
         journal = self.services.store.journal
         with self._work:
             while not self._stopping:
                 try:
                     self._end_given_up()
-                    operation = journal.claim(self._may_run)
+                    operation = journal.claim(self._may_run, kinds=kinds)
                 except OnedBackupError:
                     logger.exception("the queue cannot be read")
                     operation = None
@@ -264,7 +278,7 @@ class Service:
                 cancellation.cancel()
             with held(self.settings.run_dir, operation.id) as context.lock_fd:
                 state = run_operation(KINDS[operation.kind], context)
-            logger.info("%s %s: %s", operation.kind, operation.id, state)
+            self._tell(self.services.store.journal.get(operation.id))
             if state is OperationState.QUEUED:
                 self._look_again_at(self.services.store.journal.get(operation.id).not_before)
             elif state is OperationState.CANCELLED and self._stopping:  # perhaps it was not the user
@@ -272,6 +286,14 @@ class Service:
         except Exception as error:
             logger.exception("%s %s", operation.kind, operation.id)
             self._give_up(operation, error)
+
+    def _tell(self, operation: Operation) -> None:
+        """Enter how an operation stands after it ran into log and metrics."""
+        told = logging.WARNING if operation.state is OperationState.FAILED else logging.INFO
+        error = json.loads(operation.error)["message"] if operation.error else ""
+        text = f"{operation.kind} {operation.id}: {operation.state}{f': {error}' if error else ''}"
+        logger.log(told, "%s", text)
+        self.metrics.observe(operation)
 
     def _give_up(self, operation: Operation, error: Exception) -> None:
         """The engine itself failed: at least the journal must say so, later if it cannot be written now."""
@@ -294,7 +316,7 @@ class Service:
 
     def _log(self, operation: Operation, level: int, line: str) -> None:
         logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", operation.id, line)
-        self.board.log(operation.id, line)
+        self.board.log(operation.id, line, warning=level <= _WARNING)
 
     def _look(self) -> None:
         with self._work:
@@ -313,6 +335,8 @@ class Service:
         return not any(thread.is_alive() for thread in self._threads)
 
 
+#: syslog's
+_WARNING = 4
 _LEVELS = {
     0: logging.CRITICAL,
     1: logging.CRITICAL,

@@ -225,6 +225,8 @@ def _prepare(context: Context) -> Mapping[str, Any]:
         if disk.type is BackupType.FULL and plan.image_id is not None:
             why = f" ({disk.text})" if disk.text else ""
             context.note(f"disk {disk.disk_id} ({disk.target}) is stored whole: {disk.reason}{why}")
+    if plan.image_id is not None and exports.type is BackupType.FULL:
+        context.note("new chain: no disk could be continued")
     if exports.freeze.warning:
         context.note(f"freeze: {exports.freeze.warning}")
     return {"exports": xmldoc.serialize(root)}
@@ -319,7 +321,7 @@ def _discard(context: Context) -> None:
         "backup": plan.backup(plan.backup_id),
         "vm": services.vm(plan.vm_id).element,
     }
-    with removed_later(services, lambda: _image_beside(services, plan), plan.backup_id):
+    with removed_later(context, lambda: _image_beside(services, plan), plan.backup_id):
         context.caller.datastore("backup_cancel", datastore, **sections)
         context.caller.datastore("rm", datastore, **sections, options={"BACKUP_IDS": plan.backup_id})
 
