@@ -92,6 +92,9 @@ def _rows(
             for turn in range(runs):
                 if share > 0:
                     dirty_all(machines, data, share, turn)
+                if share < 0:
+                    ours.renew()
+                    peer.renew()
                 with ours.counted(mine):
                     ours.backup(full=share < 0)
                 with peer.counted(theirs):
@@ -125,7 +128,7 @@ class _Counted:
     """What a backup takes: time, bytes through the server's network card, bytes on its disk."""
 
     def __init__(self, server: netlab.Machine, place: str) -> None:
-        self._server, self._place = server, place
+        self.server, self.place = server, place
         server.run(["mkdir", "-p", place])
 
     @contextmanager
@@ -137,11 +140,11 @@ class _Counted:
         side.turns.append(_Turn(seconds, self._received() - sent, self._stored() - stored))
 
     def _received(self) -> int:
-        lines = Path(f"/proc/{self._server.pid}/net/dev").read_text().splitlines()
+        lines = Path(f"/proc/{self.server.pid}/net/dev").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.strip().startswith("eth0:"))
 
     def _stored(self) -> int:
-        root = self._server.root / self._place.lstrip("/")
+        root = self.server.root / self.place.lstrip("/")
         return sum(path.lstat().st_blocks * 512 for path in root.rglob("*"))
 
 
@@ -156,18 +159,23 @@ class Ours(_Counted):
         self.product.start()
         password = directory / "password"
         password.write_text(_PASSWORD)
-        prefix = "RSYNC_HOST=backup RSYNC_USER=root"
+        where = "RSYNC_HOST=backup RSYNC_USER=root"
         if tool == "restic":
-            prefix = f"RESTIC_SFTP_SERVER=backup RESTIC_SFTP_USER=root RESTIC_PASSWORD=@{password}"
+            where = f"RESTIC_SFTP_SERVER=backup RESTIC_SFTP_USER=root RESTIC_PASSWORD=@{password}"
+        self._parameters = ["--driver", tool, "--accept-host-key", server.fingerprint, *where.split()]
         self.product.run("host", "add", "here", "--uri", "qemu:///system")
-        self.product.run(
-            "datastore", "create", tool, "--driver", tool, "--accept-host-key", server.fingerprint,
-            f"BASE_PATH={place}", *prefix.split(),
-        )  # fmt: skip
         self.product.run("vm", "import", "here", machine.name)
         self.product.run("vm", "set", "0", "MODE=INCREMENT", "FS_FREEZE=NONE", "DISK_IDS=1")
         self._api = Client(self.product.run_dir / "api/daemon.sock")
-        self._store = self._api.resolve("datastore", tool)
+        self._store = -1
+
+    def renew(self) -> None:
+        """From now on backups go to a store that has nothing yet."""
+        number = self._store + 1
+        place = f"{self.place}/{number}"
+        self.server.run(["mkdir", place])
+        self.product.run("datastore", "create", f"store-{number}", *self._parameters, f"BASE_PATH={place}")
+        self._store = self._api.resolve("datastore", f"store-{number}")
 
     def backup(self, *, full: bool) -> None:
         """A backup that has ended well, of the kind that was wanted."""
@@ -184,8 +192,7 @@ class Staged(_Counted):
     tool = ""
 
     def __init__(self, lab: Netlab, machine: Machine, directory: Path) -> None:
-        self._place = f"/srv/peer-{self.tool}"
-        super().__init__(lab["backup"], self._place)
+        super().__init__(lab["backup"], f"/srv/peer-{self.tool}")
         directory.mkdir()
         self.staged_bytes = 0
         self._daemon, self._machine, self._directory = lab["daemon"], machine, directory
@@ -194,6 +201,9 @@ class Staged(_Counted):
     def send(self, staged: Path) -> None:
         """Send the staged file, durably."""
         raise NotImplementedError
+
+    def renew(self) -> None:
+        """From now on `send` goes to a place that has nothing yet."""
 
     def backup(self, *, full: bool) -> None:
         """Stage, send, remove what was staged."""
@@ -259,22 +269,29 @@ class StagedRsync(Staged):
     tool = "rsync"
 
     def send(self, staged: Path) -> None:
-        self._run("rsync", "-aS", "--fsync", staged, f"backup:{self._place}/")
+        self._run("rsync", "-aS", "--fsync", staged, f"backup:{self.place}/")
 
 
 class StagedRestic(Staged):
-    """`restic backup --force`, as OpenNebula calls it."""
+    """`restic backup --force`, as OpenNebula calls it; also its `init`, as part of a first backup."""
 
     tool = "restic"
 
     def __init__(self, lab: Netlab, machine: Machine, directory: Path) -> None:
         super().__init__(lab, machine, directory)
-        self._repository = f"sftp:backup:{self._place}/repository"
+        self._repository, self._exists = "", False
         self._password = directory / "password"
         self._password.write_text(_PASSWORD)
-        self._restic("init")
+
+    def renew(self) -> None:
+        """From now on `send` goes to a repository that has yet to be made."""
+        self._repository = f"sftp:backup:{self.place}/{self._number}"
+        self._exists = False
 
     def send(self, staged: Path) -> None:
+        if not self._exists:
+            self._restic("init")
+            self._exists = True
         self._restic("backup", "--force", "--json", str(staged))
 
     def _restic(self, *words: str) -> None:
