@@ -115,6 +115,10 @@ class Settings(BaseSettings):
     disks_at_a_time: int = Field(default=4, ge=1, le=64)
     #: how often stores are pruned whose removals free no space by themselves; 0 = never
     prune_every_h: float = Field(default=24, ge=0)
+    #: how much of a datastore is read again in a day to prove it; its SCRUB_GB_PER_DAY wins; 0 = nothing
+    scrub_gb_per_day: float = Field(default=100, ge=0)
+    #: how often each backup is read again, as far as that suffices
+    scrub_every_days: float = Field(default=30, ge=0)
     freeze_timeout_s: float = Field(default=10, gt=0, le=60)
     #: a driver that gives no sign of life for so long is ended
     inactivity_s: float = Field(default=300, gt=0)

@@ -131,6 +131,20 @@ def prune(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
     )
 
 
+@app.command()
+def scrub(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
+    """Read again what was proved longest ago, within the day's budget; the daemon does it by itself."""
+    api = client()
+    operation = api.post(f"datastores/{api.resolve('datastore', ref)}/scrub")
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_scrub)
+
+
+def _show_scrub(operation: Mapping[str, Any]) -> None:
+    result = operation["result"]
+    share = "" if result["percent"] is None else f", {result['percent']} % of it as a sample"
+    output.say(f"{len(result['backups'])} backups read again ({output.size(result['read_bytes'])}{share})")
+
+
 def _show_import(operation: Mapping[str, Any]) -> None:
     found = operation["result"]
     output.say(
@@ -157,5 +171,18 @@ def _print_one(datastore: Mapping[str, Any], *, as_json: bool) -> None:
             ("free", output.size_mb(datastore["free_mb"])),
             ("images", len(datastore["images"])),
             *datastore["parameters"].items(),
+            *_proof_fields(datastore.get("proof")),
         ]
     )
+
+
+def _proof_fields(proof: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    if proof is None:
+        return []
+    counted = f"{proof['proved']} of {proof['backups']} backups"
+    if proof["oldest_proof_at"] is not None:
+        counted += f", the oldest proof is of {output.when(proof['oldest_proof_at'])}"
+    budget = "off"
+    if proof["budget_bytes"]:
+        budget = f"{output.size(proof['read_bytes'])} of {output.size(proof['budget_bytes'])} in 24 hours"
+    return [("proved", counted), ("broken", proof["broken"]), ("scrub", budget)]

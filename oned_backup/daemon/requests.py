@@ -15,6 +15,7 @@ from oned_backup.operations.delete import refuse_pinned
 from oned_backup.operations.exclusion import must_wait_for, retention_lock
 from oned_backup.operations.flatten import checked_run
 from oned_backup.operations.kinds import datastore_lock, vm_lock
+from oned_backup.operations.scrub import scrub_lock
 from oned_backup.store import Operation, OperationState
 
 
@@ -161,6 +162,13 @@ def prune(service: Service, datastore_id: int) -> Operation:
     service.services.datastore(datastore_id)
     arguments = {"datastore_id": datastore_id}
     return service.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
+
+
+def scrub(service: Service, datastore_id: int) -> Operation:
+    """Queue the reading of what is due to be proved, within the day's budget."""
+    service.services.datastore(datastore_id)
+    arguments = {"datastore_id": datastore_id}
+    return service.submit("scrub", scrub_lock(datastore_id), arguments, datastore_id=datastore_id)
 
 
 def waits_for(service: Service, operation: Operation) -> Operation | None:

@@ -39,10 +39,11 @@ _ZEROS = bytes(CLUSTER)
 class Layer:
     """A stored image. `blocks`: its checksums, None if there are none; `name` is used in messages.
 
-    `foreign`: made by somebody else, it may name a backing file; that is passed over.
+    `path`: None for one that is lost, which only salvaging gets past. `foreign`: made by
+    somebody else, it may name a backing file; that is passed over.
     """
 
-    path: Path
+    path: Path | None
     blocks: Path | None
     name: str
     foreign: bool = False
@@ -179,6 +180,8 @@ class ChainReader:
     def _open(self, number: int, layer: Layer) -> Qcow2File | None:
         """The layer's map; None for one that is lost altogether, when salvaging."""
         try:
+            if layer.path is None:
+                raise DataCorrupt(f"{layer.name}: nothing of it can be proved")
             stored = self._stored[number] = StoredFile(layer.path, layer.blocks)
             return Qcow2File(stored, layer.name, lenient=self._salvage, foreign=layer.foreign)
         except (DataCorrupt, NotFound):

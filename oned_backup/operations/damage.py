@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from oned_backup.contract.documents import VerifiedBackup
 from oned_backup.errors import NotFound
 from oned_backup.model.image import Image
 from oned_backup.model.manifest import Manifest, parse_manifest
@@ -37,6 +38,33 @@ def mark_broken(tx: Transaction, image_id: int, damaged: Mapping[str, str]) -> t
     ends_chain = bool(broken) and vm.config.incremental_backup_id == image_id
     if ends_chain:
         tx.change("vm", vm.id, lambda element: with_config(Vm(element), vm.config.without_chain()).element)
+    return broken, ends_chain
+
+
+def record_verified(
+    tx: Transaction, image_id: int, reports: Sequence[VerifiedBackup], *, whole: bool, now: float
+) -> tuple[tuple[str, ...], bool]:
+    """Enter what the store's driver found when it read backups of an image again; as `mark_broken` returns.
+
+    `whole`: all of them was read, so what is sound is proved. What was merged, or is to be removed,
+    since it was read does not count: its files may have gone meanwhile.
+    """
+    rows = {
+        row.backup_id: row for row in tx.backups(image_id=image_id) if row.state is not BackupState.REMOVING
+    }
+    found = {report.backup_id: report.failures for report in reports if report.backup_id in rows}
+    damaged = {
+        backup_id: "; ".join(f"{name}: {text}" for name, text in failures)
+        for backup_id, failures in found.items()
+        if failures
+    }
+    broken, ends_chain = mark_broken(tx, image_id, damaged)
+    if whole:
+        manifests = [parse_manifest(row.manifest) for row in rows.values()]
+        known_bad = {row.backup_id for row in rows.values() if row.state is BackupState.BROKEN}
+        still_bad = set(broken_with(sorted((known_bad - found.keys()) | damaged.keys()), manifests))
+        for backup_id in found.keys() - still_bad:
+            tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
     return broken, ends_chain
 
 

@@ -15,12 +15,11 @@ from oned_backup.operations.import_store import IMPORT
 from oned_backup.operations.prune import PRUNE
 from oned_backup.operations.restore import RESTORE
 from oned_backup.operations.retention import RETENTION
+from oned_backup.operations.scrub import SCRUB
 from oned_backup.operations.verify import VERIFY
 
-KINDS: dict[str, OperationKind] = {
-    kind.name: kind
-    for kind in (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE)
-}
+_ALL = (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE, SCRUB)
+KINDS: dict[str, OperationKind] = {kind.name: kind for kind in _ALL}
 
 
 def vm_lock(vm_id: int) -> str:

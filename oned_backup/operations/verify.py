@@ -22,10 +22,11 @@ from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
-from oned_backup.operations.damage import broken_with, mark_broken
+from oned_backup.operations.damage import record_verified
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.services import Caller, Services
 from oned_backup.operations.steps import Step
-from oned_backup.store import Backup, BackupState, Transaction
+from oned_backup.store import Backup, Transaction
 
 
 def _read(context: Context) -> Mapping[str, Any]:
@@ -44,18 +45,24 @@ def _read(context: Context) -> Mapping[str, Any]:
         context.check_cancelled()
         caller = context.caller
         caller.progress = lambda done, _total, offset=before: context.report("READ", offset + done, total)
-        options = {"BACKUP_IDS": row.backup_id}
-        if percent is not None:
-            options["PERCENT"] = str(percent)
-        report = VerifyReport.from_xml(
-            document(stored.call_image(services, caller, "verify", image, options), "REPORT")
-        )
-        found += [_only(report, row.backup_id)]
+        found += [read_again(services, caller, image, row.backup_id, percent)]
         before += size
     return {
         "report": xmldoc.serialize(VerifyReport(tuple(found)).to_xml()),
         "whole": percent in {None, 100},
     }
+
+
+def read_again(
+    services: Services, caller: Caller, image: Image, backup_id: str, percent: int | None
+) -> VerifiedBackup:
+    """What the store's driver finds when it reads a backup of `image` again, or a share of it."""
+    options = {"BACKUP_IDS": backup_id} | ({} if percent is None else {"PERCENT": str(percent)})
+    answer = stored.call_image(services, caller, "verify", image, options)
+    for backup in VerifyReport.from_xml(document(answer, "REPORT")).backups:
+        if backup.backup_id == backup_id:
+            return backup
+    raise DriverBug(f"verify: the report says nothing of backup {backup_id}")
 
 
 def _wanted(context: Context, image: Image) -> Sequence[Backup]:
@@ -67,33 +74,18 @@ def _wanted(context: Context, image: Image) -> Sequence[Backup]:
     return [row for row in rows if row.increment_id in needed]
 
 
-def _only(report: VerifyReport, backup_id: str) -> VerifiedBackup:
-    for backup in report.backups:
-        if backup.backup_id == backup_id:
-            return backup
-    raise DriverBug(f"verify: the report says nothing of backup {backup_id}")
-
-
 def _report(context: Context) -> VerifyReport:
     return VerifyReport.from_xml(xmldoc.parse(context.facts["report"], what="REPORT"))
 
 
 def _record(context: Context, tx: Transaction) -> Mapping[str, Any]:
-    image = Image(tx.get("image", context.integer("image_id")).element)
-    failures = {backup.backup_id: backup.failures for backup in _report(context).backups}
-    rows = {row.backup_id: row for row in tx.backups(image_id=image.id)}
-    damaged = [backup_id for backup_id, found in failures.items() if found and backup_id in rows]
-    manifests = [parse_manifest(row.manifest) for row in rows.values()]
-    now = context.services.clock()
-    texts = {
-        backup_id: "; ".join(f"{name}: {text}" for name, text in failures[backup_id]) for backup_id in damaged
-    }
-    broken, ends_chain = mark_broken(tx, image.id, texts)
-    if context.facts["whole"]:
-        known_bad = {row.backup_id for row in rows.values() if row.state is not BackupState.GOOD}
-        still_bad = set(broken_with(sorted((known_bad - set(failures)) | set(damaged)), manifests))
-        for backup_id in failures.keys() & rows.keys() - still_bad:  # not what was merged meanwhile
-            tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
+    broken, ends_chain = record_verified(
+        tx,
+        context.integer("image_id"),
+        _report(context).backups,
+        whole=context.facts["whole"],
+        now=context.services.clock(),
+    )
     return {"broken": list(broken), "ends_chain": ends_chain}
 
 
@@ -114,18 +106,23 @@ def _judge(context: Context) -> None:
         )
 
 
+def told(backups: Sequence[VerifiedBackup]) -> list[dict[str, Any]]:
+    """What a result tells of backups that were read again."""
+    return [
+        {
+            "backup_id": backup.backup_id,
+            "read_bytes": backup.read_bytes,
+            "failures": [{"file": name, "text": text} for name, text in backup.failures],
+        }
+        for backup in backups
+    ]
+
+
 def _result(context: Context) -> Mapping[str, Any]:
     if "report" not in context.facts:
         return {}
     return {
-        "backups": [
-            {
-                "backup_id": backup.backup_id,
-                "read_bytes": backup.read_bytes,
-                "failures": [{"file": name, "text": text} for name, text in backup.failures],
-            }
-            for backup in _report(context).backups
-        ],
+        "backups": told(_report(context).backups),
         "broken": context.facts.get("broken", []),
         "whole": context.facts["whole"],
     }

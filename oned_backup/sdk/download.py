@@ -23,6 +23,11 @@ def wanted_disk(call: Call, scheme: str) -> DiskUrl:
     return url
 
 
+def salvages(call: Call) -> bool:
+    """Whether what cannot be proved is to be filled with zeros, not refused."""
+    return call.option("SALVAGE", "NO").upper() == "YES"
+
+
 def write_disk(call: Call, url: DiskUrl, layers: Sequence[Layer]) -> Answer:
     """The answer of `download`, when the merged `layers` (oldest first) are where they should be.
 
@@ -36,13 +41,14 @@ def write_disk(call: Call, url: DiskUrl, layers: Sequence[Layer]) -> Answer:
     text = call.option("TARGET", "")
     target = parse_target(text) if text else call.stdout
     if isinstance(target, Path):
-        call.space = Space(target.parent, sum(layer.path.stat().st_size for layer in layers))
+        stored = sum(layer.path.stat().st_size for layer in layers if layer.path)
+        call.space = Space(target.parent, stored)
     restored = restore_chain(
         layers,
         target,
         format=call.option("FORMAT", "raw"),
         progress=call.progress,
-        salvage=call.option("SALVAGE", "NO").upper() == "YES",
+        salvage=salvages(call),
     )
     if restored.salvaged:
         raise _salvaged(call, url.disk_id, restored.salvaged, has_answer=bool(text))

@@ -6,6 +6,7 @@ What is absent beneath a backup that is there is damage, not absence.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -103,11 +104,14 @@ def read_checked(stored: Folder, file: StoredFile) -> bytes:
     return data
 
 
-def open_layer(stack: ExitStack, folder: Folder, manifest: Manifest, disk_id: int) -> Layer:
+def open_layer(
+    stack: ExitStack, folder: Folder, manifest: Manifest, disk_id: int, *, salvage: bool = False
+) -> Layer:
     """A disk's file in one backup, for the data engine; `stack` keeps it open.
 
-    The digests of its clusters are proved here, so that they can prove the rest.
-    The paths lead to the files that were opened, whatever happens to their names.
+    The digests of its clusters are proved here, so that they can prove the rest; a file that has none is
+    proved as a whole. The paths lead to the files that were opened, whatever happens to their names.
+    With `salvage` one of which nothing can be proved is a lost layer.
     """
     from oned_backup.disk.chain import Layer  # noqa: PLC0415 - loads the data engine
 
@@ -115,18 +119,34 @@ def open_layer(stack: ExitStack, folder: Folder, manifest: Manifest, disk_id: in
     file = manifest.file(disk.file) if disk else None
     if disk is None or file is None:
         raise DataCorrupt(f"backup {manifest.id}: its manifest lacks the file of disk {disk_id}")
-    blocks = manifest.file(disk.file + BLOCKS_SUFFIX)
-    stored = stack.enter_context(folder.folder(manifest.id))
-    blocks_path = None
+    name = f"{manifest.id}/{file.name}"
+    foreign = opennebula.is_made_up(manifest)
+    try:
+        stored = stack.enter_context(folder.folder(manifest.id))
+        digests = _proved_digests(stack, stored, manifest, file, salvage=salvage)
+        path = _pin(stack, stored, file, any_size=salvage)
+    except (DataCorrupt, NotFound):
+        if not salvage:
+            raise
+        return Layer(None, None, name)
+    return Layer(path, digests, name, foreign)
+
+
+def _proved_digests(
+    stack: ExitStack, stored: Folder, manifest: Manifest, file: StoredFile, *, salvage: bool
+) -> Path | None:
+    """The proved digests of a disk's file; None if it has none but is proved as a whole."""
+    blocks = manifest.file(file.name + BLOCKS_SUFFIX)
     if blocks is not None:
-        prove_file(stored, blocks)
-        blocks_path = _pin(stack, stored, blocks)
-    return Layer(
-        path=_pin(stack, stored, file),
-        blocks=blocks_path,
-        name=f"{manifest.id}/{file.name}",
-        foreign=opennebula.is_made_up(manifest),
-    )
+        try:
+            prove_file(stored, blocks)
+            return _pin(stack, stored, blocks)
+        except DataCorrupt:
+            if not salvage:
+                raise
+    if file.blake3:
+        prove_file(stored, file)
+    return None
 
 
 def verify_backup(
@@ -147,7 +167,13 @@ def verify_backup(
 
     known = {MANIFEST, *(file.name for file in manifest.files)}
     failures += [(name, "not in the manifest") for name in stored.names() if name not in known]
+    small = {file.name for file in small_files(manifest)}
     for file in manifest.files:
+        if file.name in small and file.size_bytes > MAX_SMALL_FILE_BYTES:  # a restore would refuse it, too
+            failures.append(
+                (file.name, f"{file.size_bytes} bytes, at most {MAX_SMALL_FILE_BYTES} are accepted")
+            )
+            continue
         try:
             blocks = manifest.file(file.name + BLOCKS_SUFFIX) if percent is not None else None
             if percent is None or blocks is None or not _is_proved(stored, blocks):
@@ -156,7 +182,22 @@ def verify_backup(
                 _prove_sample(stored, file, blocks, percent, count)
         except DataCorrupt as error:
             failures.append((file.name, error.message))
+        except OSError as error:
+            if error.errno != errno.EIO or not _answers(stored):
+                raise
+            failures.append((file.name, f"{file.name} cannot be read: {error.strerror}"))
     return VerifiedBackup(manifest.id, read_bytes, tuple(failures))
+
+
+def _answers(stored: Folder) -> bool:
+    """Whether the store itself is well after one file could not be read: then that file is damaged."""
+    try:
+        descriptor = stored.open_file(MANIFEST)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            return bool(file.read(1))
+    except (OSError, NotFound, DataCorrupt):
+        return False
 
 
 def prove_file(stored: Folder, file: StoredFile, advance: Advance = lambda _: None) -> None:
@@ -229,12 +270,13 @@ def _prove_sample(
         )
 
 
-def _pin(stack: ExitStack, stored: Folder, file: StoredFile) -> Path:
+def _pin(stack: ExitStack, stored: Folder, file: StoredFile, *, any_size: bool = False) -> Path:
     """A path to this very file, of the right size."""
     with damage():
         descriptor = stored.open_file(file.name)
     stack.callback(os.close, descriptor)
-    _check_size(descriptor, file)
+    if not any_size:
+        _check_size(descriptor, file)
     return Path(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
