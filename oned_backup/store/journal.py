@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -139,10 +139,15 @@ class Journal:
             )
             return _get(connection, operation_id)
 
-    def claim(self, allowed: Callable[[Operation], bool] | None = None) -> Operation | None:
+    def claim(
+        self,
+        allowed: Callable[[Operation], bool] | None = None,
+        *,
+        kinds: Collection[str] | None = None,
+    ) -> Operation | None:
         """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none.
 
-        Postponed ones do not count before their time.
+        Postponed ones do not count before their time, nor others than those of `kinds`.
 
         `allowed`, if given, can pass over operations that must wait for something else.
         """
@@ -158,6 +163,8 @@ class Journal:
             .where(operations.c.state == OperationState.QUEUED, ~blocked, due)
             .order_by(operations.c.sequence)
         )
+        if kinds is not None:
+            query = query.where(operations.c.kind.in_(kinds))
         # Looking first costs no write transaction when there is nothing to do.
         with self._session.read() as connection:
             if connection.execute(query.limit(1)).first() is None:
@@ -308,6 +315,12 @@ class Journal:
             ids = sa.select(operations.c.id).where(old)
             connection.execute(steps.delete().where(steps.c.operation_id.in_(ids)))
             return connection.execute(operations.delete().where(old)).rowcount
+
+    def count(self, state: OperationState) -> int:
+        """How many operations are in that state."""
+        query = sa.select(sa.func.count()).where(operations.c.state == state)
+        with self._session.read() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def list(
         self,
