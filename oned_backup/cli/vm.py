@@ -47,7 +47,7 @@ def list_vms(*, json: Json = False) -> None:
         output.print_json(vms)
         return
     output.print_table(
-        ("ID>", "NAME", "STATE", "MODE", "BACKUPS>", "LAST GOOD", "VERIFIED", "LAST TRY"),
+        ("ID>", "NAME", "STATE", "MODE", "BACKUPS>", "LAST GOOD", "VERIFIED", "RESULT"),
         [
             (
                 vm["id"],
