@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _LOOK_S = 5.0
 _UPKEEP_S = 600.0
 #: what the scrubber runs, and what the workers do
 _SCRUBS = frozenset({scrub.SCRUB.name})
-_OTHERS = KINDS.keys() - _SCRUBS
+_OTHERS = frozenset(KINDS) - _SCRUBS
 _OPERATION_ID_LENGTH = len("op-") + 12
 #: how long the journal keeps operations that have ended
 _KEEP_JOURNAL_S = 90 * 86_400
@@ -70,6 +70,9 @@ class Service:
         #: the operations that run, by id
         self._claimed: dict[str, Operation] = {}
         self._hosts: Counter[int] = Counter()
+        #: how often something changed that lets operations run, and at which count none could, by kinds
+        self._changes = 0
+        self._nothing_at: dict[frozenset[str], int] = {}
         #: errors of operations whose end could not be written, by id
         self._unended: dict[str, str] = {}
 
@@ -214,7 +217,7 @@ class Service:
             while not self._stopping and (left := until - time.monotonic()) > 0:
                 self._work.wait(left)
 
-    def _worker(self, kinds: Collection[str] = _OTHERS) -> None:
+    def _worker(self, kinds: frozenset[str] = _OTHERS) -> None:
         """Run operations of these kinds, one after another, until the daemon stops."""
         self.recovered.wait()
         while True:
@@ -231,23 +234,27 @@ class Service:
                 self.board.changed(operation.id, ended=True)
                 self._look()
 
-    def _claim(self, kinds: Collection[str]) -> Operation | None:
+    def _claim(self, kinds: frozenset[str]) -> Operation | None:
         """The next operation to run, waited for; None when the daemon stops."""
         journal = self.services.store.journal
         with self._work:
+            told = True
             while not self._stopping:
-                try:
-                    self._end_given_up()
-                    operation = journal.claim(self._may_run, kinds=kinds)
-                except OnedBackupError:
-                    logger.exception("the queue cannot be read")
-                    operation = None
+                operation = None
+                # Of many workers that are woken, one need look through a long queue in vain.
+                if not told or self._nothing_at.get(kinds) != self._changes:
+                    try:
+                        self._end_given_up()
+                        operation = journal.claim(self._may_run, kinds=kinds)
+                    except OnedBackupError:
+                        logger.exception("the queue cannot be read")
                 if operation is not None:
                     self._hosts[self._host_of(operation)] += 1
                     self._running[operation.id] = Cancellation()
                     self._claimed[operation.id] = operation
                     return operation
-                self._work.wait(_LOOK_S)
+                self._nothing_at[kinds] = self._changes
+                told = self._work.wait(_LOOK_S)
         return None
 
     def _may_run(self, operation: Operation) -> bool:
@@ -319,7 +326,9 @@ class Service:
         self.board.log(operation.id, line, warning=level <= _WARNING)
 
     def _look(self) -> None:
+        """Have the workers look at the queue: something may run that could not before."""
         with self._work:
+            self._changes += 1
             self._work.notify_all()
 
     def _look_again_at(self, when: float | None) -> None:

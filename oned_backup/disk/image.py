@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from oned_backup.disk.checksums import Checksums
 from oned_backup.disk.layout import Layout
-from oned_backup.disk.nbdsource import NbdSource
 from oned_backup.disk.onepass import OnePass
 from oned_backup.disk.source import Source
 from oned_backup.disk.spans import CLUSTER, Spans
@@ -29,6 +28,8 @@ def open_export(socket: str, export: str, *, dirty_bitmap: str = "") -> VirtualI
     holds what is dirty. Without: a full. `Unavailable` if the server cannot be
     reached or stops answering, `NotFound` if it does not offer the bitmap.
     """
+    from oned_backup.disk.nbdsource import NbdSource  # noqa: PLC0415 - others need no libnbd
+
     source = NbdSource(socket, export, dirty_bitmap=dirty_bitmap)
     try:
         data, zero = source.extents()

@@ -118,16 +118,19 @@ class DummyHost:
         return domain
 
     def define(self, xml: xmldoc.Element) -> DummyDomain:
-        """A new domain, off, from XML; `Conflict` if the name is taken."""
-        name = xmldoc.text(xml, "name")
-        if any(domain.name == name for domain in self.domains()):
-            raise Conflict(f"the host has a domain named {name} already")
+        """A new domain, off, from XML; `Conflict` if the name or the UUID is taken."""
+        name, uuid = xmldoc.text(xml, "name"), xmldoc.text(xml, "uuid") or str(uuids.uuid4())
+        for domain in self.domains():
+            if domain.name == name:
+                raise Conflict(f"the host has a domain named {name} already")
+            if domain.uuid == uuid:
+                raise Conflict(f"domain {domain.name} has the UUID {uuid} already")
         disks = []
         for element in xml.iterfind("devices/disk"):
             source, target = element.find("source"), element.find("target")
             if source is not None and target is not None and source.get("file"):
                 disks.append(DummyDisk(target.get("dev", ""), source.get("file", "")))
-        domain = DummyDomain(name, xml.findtext("uuid") or str(uuids.uuid4()), disks=tuple(disks))
+        domain = DummyDomain(name, uuid, disks=tuple(disks))
         self._save(domain)
         return domain
 
@@ -141,6 +144,11 @@ class DummyHost:
         with os.fdopen(descriptor, "w") as file:
             json.dump(asdict(domain), file)
         Path(temporary).replace(self.root / f"{domain.uuid}.json")
+
+
+def checkpoint_path(source: str, checkpoint: str) -> Path:
+    """The copy of a disk that is its checkpoint."""
+    return Path(f"{source}.{checkpoint}")
 
 
 def _load(path: Path) -> DummyDomain:

@@ -12,10 +12,14 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from oned_backup.contract.actions import ACTIONS, Action, Kind, actions_of
 from oned_backup.contract.driver_toml import DriverManifest, load_driver_toml
 from oned_backup.errors import Misconfigured, NotFound, OnedBackupError, PermissionDenied, Unsupported
+
+#: name, inode and change time (ns) of all entries of a folder
+Signature: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,42 @@ class Driver:
         if not self.supports(action):
             raise Unsupported(f"driver {self} has no action {action}")
         path = self.folder / action
-        _check_entry(path, self.folder.resolve())
+        _check_entry(path, self.folder)
         return ACTIONS[self.manifest.kind, action], path
 
 
 def load_driver(folder: Path) -> Driver:
     """The driver in `folder`; `Misconfigured` or `PermissionDenied` says why it cannot be used."""
+    seen = _signature(folder)
+    known = _loaded.get(folder)
+    if known is not None and seen and known[0] == seen:
+        return known[1]
     if not folder.is_dir():
         raise NotFound(f"{folder} is no driver: there is no such directory")
-    folder = folder.resolve()
-    _check_owner(folder)
-    for entry in folder.iterdir():
-        _check_entry(entry, folder)
-    return Driver(folder, load_driver_toml(folder))
+    place = folder.resolve()
+    _check_owner(place)
+    for entry in place.iterdir():
+        _check_entry(entry, place)
+    driver = Driver(place, load_driver_toml(place))
+    _loaded[folder] = seen, driver
+    return driver
+
+
+#: the drivers that were found good, with what their folder looked like before that
+_loaded: dict[Path, tuple[Signature, Driver]] = {}
+
+
+def _signature(folder: Path) -> Signature:
+    """What changes whenever something in the folder is written, replaced or given away; () if unknown.
+
+    The entries' own inodes, and the change time of what they lead to.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.inode(), entry.stat().st_ctime_ns) for entry in entries]
+        return ("", folder.lstat().st_ino, folder.stat().st_ctime_ns), *sorted(found)
+    except OSError:
+        return ()
 
 
 def find_drivers(

@@ -12,7 +12,6 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.store.database import Session
 from oned_backup.store.schema import backups
 
-
 #: more than can be read before it is looked again
 _MOST_DUE = 10_000
 

@@ -1,7 +1,8 @@
 """The SQLite file: opened by one process at a time, migrated, written by one thread at a time.
 
-WAL with synchronous=FULL: what a transaction committed survives a power cut.
-Readers see the last committed state and never wait for the writer. Writers
+What a transaction committed survives a power cut: `write` returns when it is on the
+disk, and several threads' commits share the wait (`durable`). Readers see the last
+committed state and never wait for the writer. Writers
 queue on a lock in the process, so that SQLite's own (unfair) busy handling is
 never what decides.
 """
@@ -31,6 +32,7 @@ from oned_backup.errors import (
     Unavailable,
     Unsupported,
 )
+from oned_backup.store.durable import CommitLog
 from oned_backup.store.migrations.upgrade import upgrade
 
 WRITE_WAIT_S = 30.0
@@ -60,6 +62,7 @@ class Database:
         self._lock_fd = _claim_file(path)
         self._writing = threading.Lock()
         self._writer: int | None = None
+        self._log = CommitLog(path)
         try:
             self._engine = _engine(path)
             with translated(path):
@@ -76,10 +79,11 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A connection in a write transaction: committed at the end, rolled back on an exception.
+        """A connection in a write transaction: committed and durable at the end, rolled back on an exception.
 
         `Busy` if other threads kept writing for `WRITE_WAIT_S`.
         """
+        self._log.check()
         thread = threading.get_ident()
         if self._writer == thread:
             raise RuntimeError("a transaction of this thread is open: use it instead of the store")
@@ -92,9 +96,11 @@ class Database:
                 self._engine.execution_options(odb_write=True).begin() as connection,
             ):
                 yield connection
+            written = self._log.committed()
         finally:
             self._writer = None
             self._writing.release()
+        self._log.wait(written)
 
     def close(self) -> None:
         """Close all connections and let another process open the file; again is no error."""
@@ -185,7 +191,7 @@ def _engine(path: Path) -> sa.Engine:
         for pragma in (
             f"busy_timeout = {_BUSY_TIMEOUT_MS}",
             "journal_mode = WAL",
-            "synchronous = FULL",
+            "synchronous = NORMAL",
             "foreign_keys = ON",
             "trusted_schema = OFF",
         ):

@@ -55,6 +55,18 @@ class StepState(StrEnum):
     UNDONE = "UNDONE"
 
 
+# Built once: making a statement takes longer than running it.
+_GET = sa.select(operations).where(operations.c.id == sa.bindparam("this"))
+_STATE = sa.select(operations.c.state).where(operations.c.id == sa.bindparam("this"))
+_CHANGE = operations.update().where(operations.c.id == sa.bindparam("this"))
+_THIS_STEP = (steps.c.operation_id == sa.bindparam("this")) & (steps.c.number == sa.bindparam("step"))
+_STEP = sa.select(steps.c.state, steps.c.name).where(_THIS_STEP)
+_CHANGE_STEP = steps.update().where(_THIS_STEP)
+_LAST_STEP = sa.select(sa.func.max(steps.c.number)).where(steps.c.operation_id == sa.bindparam("this"))
+_STEPS = sa.select(steps).where(steps.c.operation_id == sa.bindparam("this")).order_by(steps.c.number)
+_NEW = operations.insert()
+_NEW_STEP = steps.insert()
+
 _STEP_CHANGES = {
     StepState.INTENT: {StepState.DONE, StepState.FAILED, StepState.UNDONE},
     StepState.DONE: {StepState.UNDONE},
@@ -121,22 +133,21 @@ class Journal:
         """A new QUEUED operation; operations with the same `lock` never run at once."""
         operation_id = f"op-{secrets.token_hex(6)}"
         with self._session.write() as connection:
-            connection.execute(
-                operations.insert().values(
-                    id=operation_id,
-                    kind=kind,
-                    lock=lock,
-                    state=OperationState.QUEUED,
-                    cancel_requested=False,
-                    vm_id=vm_id,
-                    image_id=image_id,
-                    datastore_id=datastore_id,
-                    arguments=_dump(arguments),
-                    result=_dump({}),
-                    error="",
-                    queued_at=self._session.now(),
-                )
-            )
+            values = {
+                "id": operation_id,
+                "kind": kind,
+                "lock": lock,
+                "state": OperationState.QUEUED,
+                "cancel_requested": False,
+                "vm_id": vm_id,
+                "image_id": image_id,
+                "datastore_id": datastore_id,
+                "arguments": _dump(arguments),
+                "result": _dump({}),
+                "error": "",
+                "queued_at": self._session.now(),
+            }
+            connection.execute(_NEW, values)
             return _get(connection, operation_id)
 
     def claim(
@@ -198,13 +209,9 @@ class Journal:
             raise InvalidInput(f"{state} does not end an operation")
         with self._session.write() as connection:
             _require_running(connection, operation_id)
-            connection.execute(
-                operations.update()
-                .where(operations.c.id == operation_id)
-                .values(
-                    state=state, result=_dump(result or {}), error=_text(error), ended_at=self._session.now()
-                )
-            )
+            told = {"result": _dump(result or {}), "error": _text(error)}
+            changes = {"state": state, **told, "ended_at": self._session.now()}
+            connection.execute(_CHANGE, {"this": operation_id, **changes})
             return _get(connection, operation_id)
 
     def postpone(
@@ -221,11 +228,8 @@ class Journal:
             changes: dict[str, Any] = {"state": OperationState.QUEUED, "not_before": now + wait_s}
             if _get(connection, operation_id).cancel_requested:
                 changes = {"state": OperationState.CANCELLED, "ended_at": now}
-            connection.execute(
-                operations.update()
-                .where(operations.c.id == operation_id)
-                .values(**changes, result=_dump(result), error=_text(error))
-            )
+            told = {"result": _dump(result), "error": _text(error)}
+            connection.execute(_CHANGE, {"this": operation_id, **changes, **told})
             return _get(connection, operation_id)
 
     def request_cancel(self, operation_id: str) -> Operation:
@@ -240,28 +244,25 @@ class Journal:
             changes: dict[str, Any] = {"cancel_requested": True}
             if found.state is OperationState.QUEUED:
                 changes |= {"state": OperationState.CANCELLED, "ended_at": self._session.now()}
-            connection.execute(operations.update().where(operations.c.id == operation_id).values(**changes))
+            connection.execute(_CHANGE, {"this": operation_id, **changes})
             return _get(connection, operation_id)
 
     def begin_step(self, operation_id: str, name: str, data: Mapping[str, Any] | None = None) -> int:
         """The number of a new step in INTENT; `Conflict` if the operation does not run."""
         with self._session.write() as connection:
             _require_running(connection, operation_id)
-            last = connection.execute(
-                sa.select(sa.func.max(steps.c.number)).where(steps.c.operation_id == operation_id)
-            ).scalar_one()
+            last = connection.execute(_LAST_STEP, {"this": operation_id}).scalar_one()
             number = 1 if last is None else int(last) + 1
-            connection.execute(
-                steps.insert().values(
-                    operation_id=operation_id,
-                    number=number,
-                    name=name,
-                    state=StepState.INTENT,
-                    data=_dump(data or {}),
-                    result=_dump({}),
-                    started_at=self._session.now(),
-                )
-            )
+            values = {
+                "operation_id": operation_id,
+                "number": number,
+                "name": name,
+                "state": StepState.INTENT,
+                "data": _dump(data or {}),
+                "result": _dump({}),
+                "started_at": self._session.now(),
+            }
+            connection.execute(_NEW_STEP, values)
         return number
 
     def end_step(
@@ -277,8 +278,8 @@ class Journal:
         """
         with self._session.write() as connection:
             _require_running(connection, operation_id)
-            this = (steps.c.operation_id == operation_id) & (steps.c.number == number)
-            found = connection.execute(sa.select(steps.c.state, steps.c.name).where(this)).one_or_none()
+            this = {"this": operation_id, "step": number}
+            found = connection.execute(_STEP, this).one_or_none()
             if found is None:
                 raise NotFound(f"operation {operation_id} has no step {number}")
             if state not in _STEP_CHANGES[StepState(found.state)]:
@@ -289,7 +290,7 @@ class Journal:
             changes: dict[str, Any] = {"state": state, "ended_at": self._session.now()}
             if result is not None:
                 changes["result"] = _dump(result)
-            connection.execute(steps.update().where(this).values(**changes))
+            connection.execute(_CHANGE_STEP, this | changes)
 
     def unfinished(self) -> list[Operation]:
         """The RUNNING operations, oldest first: after a start, those whose daemon died."""
@@ -302,9 +303,8 @@ class Journal:
 
     def steps(self, operation_id: str) -> list[Step]:
         """The operation's steps in the order they were begun."""
-        query = sa.select(steps).where(steps.c.operation_id == operation_id).order_by(steps.c.number)
         with self._session.read() as connection:
-            return [_step(row) for row in connection.execute(query)]
+            return [_step(row) for row in connection.execute(_STEPS, {"this": operation_id})]
 
     def prune(self, ended_before: float) -> int:
         """Forget operations that ended before that time, with their steps; how many."""
@@ -361,16 +361,18 @@ def _first_allowed(
 
 
 def _get(connection: sa.Connection, operation_id: str) -> Operation:
-    row = connection.execute(sa.select(operations).where(operations.c.id == operation_id)).one_or_none()
+    row = connection.execute(_GET, {"this": operation_id}).one_or_none()
     if row is None:
         raise NotFound(f"there is no operation {operation_id[:40]}")
     return _operation(row)
 
 
 def _require_running(connection: sa.Connection, operation_id: str) -> None:
-    found = _get(connection, operation_id)
-    if found.state is not OperationState.RUNNING:
-        raise Conflict(f"operation {operation_id} is {found.state}, not RUNNING")
+    state = connection.execute(_STATE, {"this": operation_id}).scalar_one_or_none()
+    if state is None:
+        raise NotFound(f"there is no operation {operation_id[:40]}")
+    if state != OperationState.RUNNING:
+        raise Conflict(f"operation {operation_id} is {state}, not RUNNING")
 
 
 def _operation(row: sa.Row[Any]) -> Operation:

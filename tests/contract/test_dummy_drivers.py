@@ -123,6 +123,9 @@ def test_hypervisor_actions(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="already"):
         lab.vmm("define", DOMAIN=xmldoc.serialize(definition))
     xmldoc.put(definition, "name", "sim-2")
+    with pytest.raises(Conflict, match="has the UUID"):
+        lab.vmm("define", DOMAIN=xmldoc.serialize(definition))
+    xmldoc.put(definition, "uuid", "")
     assert lab.vmm("define", DOMAIN=xmldoc.serialize(definition)) == {"DEPLOY_ID": "sim-2"}
     states = {
         xmldoc.text(entry, "NAME"): xmldoc.text(entry, "STATE")

@@ -1,0 +1,178 @@
+"""Many VMs on the dummy hypervisor, through the real daemon and command line; `make bench-scale`.
+
+    python -m tests.bench.scale --vms 10000 --backups 500 --queued 1000
+
+Lists, the import, and how many backups a second the daemon dispatches: with the dummy drivers, which
+are Python programs as all of ours are, and with shell programs in their place that answer at once,
+which leaves what the daemon itself takes. Then a full queue, the daemon killed in the middle of
+it, and how long until its successor has recovered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lab import wait_for
+from product import Product
+
+from oned_backup.cli.client import Client
+from oned_backup.errors import OnedBackupError
+from oned_backup.hypervisor.dummy import DummyHost
+from tests.bench.instant import instant_drivers
+from tests.bench.product import ROOT
+from tests.bench.table import Row, publish
+
+_DISK_BYTES = 256 * 1024
+_FINAL = {"DONE", "FAILED", "CANCELLED"}
+_CLOCK_HZ = os.sysconf("SC_CLK_TCK")
+
+
+class Site:
+    """A daemon with a dummy host of many VMs and one fs datastore."""
+
+    def __init__(
+        self, directory: Path, vms: int, *, driver_dirs: Sequence[Path] = (), workers: int = 8
+    ) -> None:
+        self.product = Product(directory, driver_dirs=driver_dirs)
+        self.product.settings(workers=workers, workers_per_host=workers)
+        self.hypervisor = DummyHost(f"dummy://{directory}/host")
+        for number in range(vms):
+            self.hypervisor.create(f"vm-{number:05}", {"vda": _DISK_BYTES})
+        self.store = directory / "store"
+        self.store.mkdir()
+        self.product.start()
+        self.client = Client(self.product.run_dir / "api/daemon.sock")
+        host = {"name": "sim", "uri": f"dummy://{self.hypervisor.root}", "vmm": "dummy", "tm": "dummy"}
+        self.client.post("hosts", host)
+        values = {"BASE_PATH": str(self.store)}
+        self.client.post("datastores", {"name": "nightly", "driver": "fs", "values": values})
+
+    def import_all(self) -> float:
+        """Seconds that importing all VMs takes."""
+        return timed(lambda: self.product.run("vm", "import", "sim", "--all"))
+
+    def queue(self, vms: Sequence[int]) -> list[str]:
+        """A backup of each of these VMs, queued; the operations' ids."""
+        return [str(self.client.post(f"vms/{vm}/backup", {})["id"]) for vm in vms]
+
+    def open_operations(self) -> int:
+        """How many operations are not over; -1 if no daemon answers."""
+        try:
+            status = self.client.get("status")
+        except OnedBackupError:
+            return -1
+        return int(status["queued"] + status["running"]) if status["recovered"] else -1
+
+    def ends(self, ids: Sequence[str]) -> Counter[str]:
+        """How these operations ended."""
+        return Counter(str(self.client.get(f"operations/{one}")["state"]) for one in ids)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def lists(site: Site, vms: int, when: str) -> list[Row]:
+    """What a command takes until its last line is out."""
+    rows = []
+    for words in (("vm", "list"), ("image", "list"), ("operation", "list"), ("vm", "show", str(vms // 2))):
+        seconds = [timed(lambda words=words: site.product.run(*words)) for _ in range(3)]
+        bar = 1.0 if words == ("vm", "list") else None
+        rows.append(Row(f"{' '.join(words[:2])}, {vms} VMs {when}", round(median(seconds), 3), bar=bar))
+    return rows
+
+
+def dispatched(site: Site, backups: int, name: str) -> list[Row]:
+    """How many backups a second, of as many VMs, and the CPU time that each takes."""
+    daemon = site.product.pid
+    before, began = cpu(daemon), time.monotonic()
+    ids = site.queue(range(backups))
+    queued_s = time.monotonic() - began
+    wait_for("end of all backups", lambda: site.open_operations() == 0, 600)
+    seconds = time.monotonic() - began
+    own, drivers = (now - then for now, then in zip(cpu(daemon), before, strict=True))
+    ends = site.ends(ids)
+    if ends != {"DONE": backups}:
+        raise RuntimeError(f"{name}: {ends}")
+    print(f"{name}: {backups} backups in {seconds:.1f} s, queued in {queued_s:.1f} s", flush=True)
+    return [
+        Row(f"backups/s, {name}", round(backups / seconds, 1), unit="/s"),
+        Row("  daemon's CPU time for one", round(own / backups * 1000, 1), unit="ms"),
+        Row("  drivers' CPU time for one", round(drivers / backups * 1000, 1), unit="ms"),
+    ]
+
+
+def interrupted(site: Site, queued: int) -> list[Row]:
+    """A full queue whose daemon is killed: how long its successor takes to recover; all end, none twice."""
+    ids = site.queue(range(queued))
+    wait_for("the middle of the queue", lambda: 0 <= site.open_operations() < queued - 20, 600)
+    site.product.kill()
+    began = time.monotonic()
+    site.product.start()
+    wait_for("recovery", lambda: bool(site.client.get("status")["recovered"]), 60)
+    recovered_s = time.monotonic() - began
+    wait_for("end of the queue", lambda: site.open_operations() == 0, 1800)
+    ends = site.ends(ids)
+    if sum(ends[state] for state in _FINAL) != queued:
+        raise RuntimeError(f"not all have ended: {ends}")
+    print(f"{queued} queued, killed in the middle: {dict(ends)}", flush=True)
+    return [Row(f"recovery, {queued} queued", round(recovered_s, 2), bar=30)]
+
+
+def cpu(pid: int) -> tuple[float, float]:
+    """CPU seconds of a process, and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    user, system, child_user, child_system = (int(field) / _CLOCK_HZ for field in fields[11:15])
+    return user + system, child_user + child_system
+
+
+def main() -> int:
+    """Measure and print; 0 whatever the numbers are: a benchmark reports, it does not judge."""
+    parser = argparse.ArgumentParser(prog="make bench-scale", description=__doc__)
+    parser.add_argument("--vms", type=int, default=10_000)
+    parser.add_argument("--backups", type=int, default=500)
+    parser.add_argument("--queued", type=int, default=1000)
+    wanted = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
+    sites: list[Site] = []
+
+    def site(name: str, vms: int, **options: Any) -> Site:
+        (directory / name).mkdir()
+        sites.append(Site(directory / name, vms, **options))
+        return sites[-1]
+
+    try:
+        instant = site("instant", wanted.backups, driver_dirs=[instant_drivers(directory / "drivers")])
+        instant.import_all()
+        rows = dispatched(instant, wanted.backups, "drivers that answer at once")
+        instant.product.stop()
+        dummy = site("dummy", wanted.vms)
+        rows.append(Row(f"import of {wanted.vms} VMs", round(dummy.import_all(), 1)))
+        rows += lists(dummy, wanted.vms, "without backups")
+        rows += dispatched(dummy, wanted.backups, "dummy drivers")
+        rows += lists(dummy, wanted.vms, "with backups")
+        rows += interrupted(dummy, wanted.queued)
+    finally:
+        for made in sites:
+            made.product.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+    title = f"scale: {wanted.vms} VMs; {os.cpu_count()} cores"
+    publish(rows, ROOT / "build" / "bench-scale.json", title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
