@@ -3,6 +3,7 @@
     ODB_FAILPOINTS=backup.STORE.acted=kill                 the process that reaches it
     ODB_FAILPOINTS=fs.backup.begun=kill-parent             the daemon, from within its driver
     ODB_FAILPOINTS=fs.backup.begun=kill-both
+    ODB_FAILPOINTS=fs.backup.begun=kill:/tmp/once          only as long as the file is there; it goes with it
     ODB_FAILPOINTS=backup.STORE.begun=wait:/tmp/gate       as long as the file is there; it makes it
     ODB_FAILPOINTS=a.b=kill,*=record:/tmp/log              several; `*`: every one, to write them down
     ODB_FAILPOINTS=@/tmp/armed                             what this file holds when one is reached
@@ -76,6 +77,11 @@ def _act(name: str, action: str, argument: str) -> None:
         while gate.exists():
             time.sleep(_POLL_S)
     else:
+        if argument:
+            try:
+                Path(argument).unlink()
+            except FileNotFoundError:
+                return
         if action in {"kill-parent", "kill-both"}:
             os.kill(os.getppid(), signal.SIGKILL)
         if action in {"kill", "kill-both"}:

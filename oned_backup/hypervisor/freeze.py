@@ -1,13 +1,13 @@
 """A guest that cannot write while a backup begins, and afterwards can, whatever happens.
 
-    with frozen(host, domain, Mode.AGENT, timeout_s=10, note=directory / NOTE) as window:
+    with frozen(host, domain, Mode.AGENT, timeout_s=10, note=directory / NOTE, guarded=…) as window:
         begin(…)
     window.method, window.milliseconds, window.warning
 
 A thaw is sent whether or not the freeze was answered: an agent that is slow to
-answer may freeze after we have given up. If the thaw is not answered either, it
-is repeated after us (see `thawer`). Should the block take longer than the limit,
-a watchdog thaws the guest in the middle of it. If the agent is absent
+answer may freeze after we have given up. Should the block take longer than the limit,
+a watchdog thaws the guest in the middle of it. If the thaw is not answered, or this
+process is killed or hangs, another one lets the guest go on (see `guardian`). If the agent is absent
 or hangs, the backup goes on without a freeze and with a warning: an image as
 after a power cut is better than none. A guest that somebody else had paused stays
 paused.
@@ -19,9 +19,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 import libvirt
 
@@ -36,6 +38,8 @@ NOTE = "suspended"
 
 _THAW_ATTEMPTS = 3
 _THAW_TIMEOUT_S = 5.0
+#: over the limit of the freeze, before the guardian acts: ours is the one that is met
+_LATER_S = 5.0
 
 
 class Mode(StrEnum):
@@ -56,15 +60,24 @@ class Window:
     warning: str = ""
 
 
+class Guarded(Protocol):
+    """`guardian.on_guard` for one guest."""
+
+    def __call__(
+        self, *, limit_s: float, note: Path | None = None
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Somebody sees that the guest goes on, until what this gives is called."""
+        ...
+
+
 @contextlib.contextmanager
 def frozen(
-    host: Host, domain: Domain, mode: Mode, *, timeout_s: float, note: Path, thaw_later: Callable[[], None]
+    host: Host, domain: Domain, mode: Mode, *, timeout_s: float, note: Path, guarded: Guarded
 ) -> Iterator[Window]:
     """Keep the guest from writing inside the block, as far as `mode` and its agent allow.
 
     `note` is a file on the host, named `suspended`, that is there for as long as the guest is suspended
-    by us, so that `resume_if_noted` can help it should we die. `thaw_later` has a thaw repeated
-    that the agent has not answered.
+    by us, so that `resume_if_noted` can help it should we die.
     """
     window = Window(mode)
     if mode is Mode.NONE:
@@ -75,10 +88,20 @@ def frozen(
         yield window
         return
     if mode is Mode.AGENT:
-        with _by_agent(domain, window, timeout_s, thaw_later):
+        if not _agent_is_connected(domain):
+            window.warning = "no freeze: the guest's agent is not connected"
+            yield window
+            return
+        with (
+            guarded(limit_s=timeout_s + _LATER_S) as goes_on,
+            _by_agent(domain, window, timeout_s, goes_on),
+        ):
             yield window
     else:
-        with _by_suspending(host, domain, window, timeout_s, note):
+        with (
+            guarded(limit_s=timeout_s + _LATER_S, note=note) as goes_on,
+            _by_suspending(host, domain, window, timeout_s=timeout_s, note=note, goes_on=goes_on),
+        ):
             yield window
 
 
@@ -94,11 +117,14 @@ def thaw(domain: Domain, *, timeout_s: float) -> int:
 def resume_if_noted(host: Host, domain: Domain, directory: Path) -> None:
     """Resume a guest that was suspended by one of ours, whose notes lie below `directory`, and that died."""
     for name in host.names(directory):
-        note = directory / name / NOTE
-        # None: there is no note, or the guest goes on already
-        if host.read_file(str(note), max_bytes=64) == domain.uuid.encode():
-            _resume(domain)
-            host.remove(note)
+        resume_by_note(host, domain, directory / name / NOTE)
+
+
+def resume_by_note(host: Host, domain: Domain, note: Path) -> None:
+    """Resume a guest if `note` says that it was suspended by us; without it, the guest goes on already."""
+    if host.read_file(str(note), max_bytes=64) == domain.uuid.encode():
+        _resume(domain)
+        host.remove(note)
 
 
 def is_paused_by_io_error(domain: Domain) -> bool:
@@ -116,12 +142,8 @@ def resume_after_io_error(domain: Domain) -> None:
 
 @contextlib.contextmanager
 def _by_agent(
-    domain: Domain, window: Window, timeout_s: float, thaw_later: Callable[[], None]
+    domain: Domain, window: Window, timeout_s: float, goes_on: Callable[[], None]
 ) -> Iterator[None]:
-    if not _agent_is_connected(domain):
-        window.warning = "no freeze: the guest's agent is not connected"
-        yield
-        return
     started = time.monotonic()
     refused = False
     watchdog: threading.Timer | None = None
@@ -146,14 +168,20 @@ def _by_agent(
         if watchdog:
             watchdog.cancel()
             watchdog.join()
-        _thaw_for_certain(domain, window, refused=refused, timeout_s=timeout_s, thaw_later=thaw_later)
+        _thaw_for_certain(domain, window, refused=refused, timeout_s=timeout_s, goes_on=goes_on)
         if not refused:
             window.milliseconds = round((time.monotonic() - started) * 1000)
 
 
 @contextlib.contextmanager
 def _by_suspending(
-    host: Host, domain: Domain, window: Window, timeout_s: float, note: Path
+    host: Host,
+    domain: Domain,
+    window: Window,
+    *,
+    timeout_s: float,
+    note: Path,
+    goes_on: Callable[[], None],
 ) -> Iterator[None]:
     host.write_file(note, domain.uuid.encode())
     started = time.monotonic()
@@ -166,6 +194,7 @@ def _by_suspending(
     finally:
         _resume(domain)
         host.remove(note)
+        goes_on()
         window.milliseconds = round((time.monotonic() - started) * 1000)
     if window.milliseconds > timeout_s * 1000:
         window.warning = f"the guest stood still for {window.milliseconds} ms, longer than {timeout_s:g} s"
@@ -178,20 +207,18 @@ def _resume(domain: Domain) -> None:
 
 
 def _thaw_for_certain(
-    domain: Domain, window: Window, *, refused: bool, timeout_s: float, thaw_later: Callable[[], None]
+    domain: Domain, window: Window, *, refused: bool, timeout_s: float, goes_on: Callable[[], None]
 ) -> None:
     """Thaw; `Unavailable` if a guest that was frozen may still be."""
-    failure: OnedBackupError | None = None
     for _ in range(1 if refused else _THAW_ATTEMPTS):
+        failure: OnedBackupError | None = None
         try:
             thaw(domain, timeout_s=min(timeout_s, _THAW_TIMEOUT_S))
         except OnedBackupError as error:
             failure = error
-        else:
+        if failure is None or not domain.is_active:
+            goes_on()
             return
-        if not domain.is_active:
-            return
-    thaw_later()
     window.warning += "; the thaw is repeated until the agent answers"
     if not refused:
         raise Unavailable(f"domain {domain.name} may still be frozen: {failure}")

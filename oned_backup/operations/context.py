@@ -50,6 +50,8 @@ class Context:
     attempt: int = 1
     #: the daemon was restarted: make sure of the guest first
     recovering: bool = False
+    #: one of its drivers could not be ended: what that was about may still happen
+    driver_hangs: bool = False
     #: monotonic time by which all calls of drivers must be over
     budget_until: float | None = None
     #: what the result tells besides: fall-backs, leftovers

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from oned_backup.errors import Cancelled, Conflict, NotFound, OnedBackupError
+from oned_backup.errors import Cancelled, Conflict, NotFound, OnedBackupError, Unavailable
 from oned_backup.model.datastore import Datastore, without_image
 from oned_backup.model.image import Image, ImageState, with_state
 from oned_backup.model.pruning import pinned, to_remove, with_cut, with_to_remove, without_to_remove
@@ -85,17 +85,19 @@ def queue_removal(tx: Transaction, vm_id: int, image_ids: Sequence[int]) -> Oper
 
 
 @contextmanager
-def removed_later(services: Services, beside: Callable[[], int | None], backup_id: str) -> Iterator[None]:
-    """Inside, a backup of no use is discarded. If that fails, it is removed with what else is to go.
+def removed_later(context: Context, beside: Callable[[], int | None], backup_id: str) -> Iterator[None]:
+    """Inside, a backup of no use is discarded. If that is not certain, it is removed with what else is to go.
 
     What is left in a store would keep its parent there, too. `beside` finds the image that has it noted.
     """
     try:
         yield
+        if context.driver_hangs:
+            raise Unavailable(f"a driver that hangs in the kernel may still finish backup {backup_id}")
     except Exception:
         with suppress(NotFound):
             if (image_id := beside()) is not None:
-                services.store.change(
+                context.services.store.change(
                     "image", image_id, lambda element: with_to_remove(Image(element), [backup_id]).element
                 )
         raise

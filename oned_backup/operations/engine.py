@@ -23,8 +23,8 @@ from oned_backup.store import OperationState, StepState
 
 logger = logging.getLogger(__name__)
 
-#: undos are tried so often when what they need cannot be reached
-_UNDO_TRIES = 3
+#: what must be done in any case is tried so often, when what it needs cannot be reached or its driver dies
+_TRIES = 3
 #: a shorter wait for the next attempt is not worth the queue
 _SHORT_S = 1.0
 
@@ -121,7 +121,7 @@ class _Walk:
             self._reach(step.name, "begun")
             if self.committed:
                 with context.uncancellable():
-                    self._effect(step, number)
+                    self._persistently(lambda _context: self._effect(step, number))
             else:
                 self._effect(step, number)
         except Exception as error:  # noqa: BLE001 - whatever happened, what was begun must be undone
@@ -202,12 +202,13 @@ class _Walk:
             return None
 
     def _persistently(self, run: Callable[[Context], None]) -> None:
-        """Run an undo, again after a short while if it could not reach what it needs."""
-        for tried in range(1, _UNDO_TRIES + 1):
+        """Run an undo, or what follows the commit; again after a short while if that may help."""
+        for tried in range(1, _TRIES + 1):
             try:
                 return run(self.context)
             except OnedBackupError as error:
-                if not error.retryable or tried == _UNDO_TRIES or self.context.recovering:
+                may_help = error.retryable or type(error) is DriverFailed
+                if not may_help or tried == _TRIES or self.context.recovering:
                     raise
             self.context.cancellation.wait(self.context.services.settings.retry.first_wait_s)
         return None

@@ -19,7 +19,7 @@ from oned_backup.model.vm import Vm, backup_ended
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.engine import finish, go_on
 from oned_backup.operations.kinds import KINDS
-from oned_backup.operations.locks import end_old_drivers, held
+from oned_backup.operations.locks import end_old_drivers, held, lock_path
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import DONE, FAILED, resume_at
 from oned_backup.store import Operation, OperationState, Step
@@ -57,9 +57,10 @@ def _bring_to_end(services: Services, operation: Operation, budget_until: float)
     run_dir = services.settings.run_dir
     context = Context(services, operation, recovering=True, budget_until=budget_until)
     if not end_old_drivers(run_dir, operation.id, grace_s=_GRACE_S):
-        context.note("a driver of the old daemon could not be ended")
-        finish(kind, context, OperationState.FAILED, _restarted("and its driver hangs in the kernel"))
-        return
+        # Killed, it does nothing more but what the kernel does for it at the moment.
+        context.note("a driver of the old daemon hangs in the kernel: it ends when that lets it go")
+        context.driver_hangs = True
+        lock_path(run_dir, operation.id).unlink(missing_ok=True)  # that one stays its own
     steps = _last_attempt(services.store.journal.steps(operation.id))
     context.attempt = max((int(step.data.get("attempt", 1)) for step in steps), default=1)
     for step in steps:

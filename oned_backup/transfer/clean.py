@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from oned_backup import failpoints
 from oned_backup.errors import Busy, DriverFailed, NotFound, OnedBackupError
 from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qemu_img
 from oned_backup.hypervisor import domain as domains
@@ -43,8 +44,10 @@ def clean_up(task: Task) -> str:
         # not begun, cannot begin any more.
         task.host.remove(task.operation_dir)
         end_job(task, domain)
+        failpoints.reach("job.ended")
         present = domains.disks(domain.xml())
         remove_files(task, present)
+        failpoints.reach("files.removed")
         _remove_checkpoints(task, domain)
         if domain.is_active:
             _remove_strays(task, domain, present)

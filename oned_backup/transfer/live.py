@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
 from oned_backup.errors import Busy, DriverFailed
-from oned_backup.hypervisor import backup_job, checkpoints, freeze, qemu_img, thawer
+from oned_backup.hypervisor import backup_job, checkpoints, freeze, guardian, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
@@ -81,7 +82,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
             mode,
             timeout_s=task.freeze_timeout_s,
             note=note,
-            thaw_later=lambda: thawer.start(task.uri, domain.uuid),
+            guarded=partial(guardian.on_guard, task.uri, domain.uuid),
         ) as window,
     ):
         job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)

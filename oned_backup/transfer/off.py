@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from oned_backup import failpoints
 from oned_backup.contract.exports import BackupType, Exports, Freeze
 from oned_backup.errors import Busy, DriverFailed
 from oned_backup.hypervisor import domain as domains
@@ -60,9 +61,11 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
             qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
         qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
+    failpoints.reach("bitmaps.acted")
     task.host.make_private_dir(task.operation_dir)
     unprotected = deadman.start(task, domain, ())
     served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
+    failpoints.reach("serve.acted")
     if task.host.machine:
         guard.start_for_servers(task.uri, task.operation_dir, task.local_dir)
     _require_off(domain)

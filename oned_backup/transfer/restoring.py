@@ -90,8 +90,15 @@ def restore(request: Request) -> None:
 
 
 def post_restore(request: Request) -> None:
-    """End the servers; unless the outcome is SUCCESS, remove all that was made."""
-    clean(_restoring(request), made=request.outcome is not Outcome.SUCCESS)
+    """End the servers; unless the outcome is SUCCESS, remove all that was made.
+
+    That is also the state of the TPM of the domain DOMAIN_UUID, which is not defined.
+    """
+    task = _restoring(request)
+    clean(task, made=request.outcome is not Outcome.SUCCESS)
+    uuid = request.options.get("DOMAIN_UUID", "")
+    if uuid and request.host is not None and request.outcome is not Outcome.SUCCESS:
+        task.host.remove(swtpm_dir_of(Host(request.host)) / checked_name(uuid, "option DOMAIN_UUID"))
 
 
 def _restoring(request: Request) -> Restoring:

@@ -101,7 +101,7 @@ def task_of(request: Request) -> Task:
     return Task(
         vm=Vm(request.vm),
         uri=host.uri,
-        swtpm_dir=Path(host.element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR),
+        swtpm_dir=swtpm_dir_of(host),
         installation=installation,
         operation_id=operation_id,
         host=machine,
@@ -114,6 +114,11 @@ def task_of(request: Request) -> Task:
         parent=request.parent,
         keep_checkpoint=options.get("KEEP_CHECKPOINT", ""),
     )
+
+
+def swtpm_dir_of(host: Host) -> Path:
+    """Where libvirt keeps the state of TPMs on the host: a directory for each domain, named by its UUID."""
+    return Path(host.element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR)
 
 
 def socket_dir_on(machine: Machine, host: Host, here: Path, installation: str) -> Path:

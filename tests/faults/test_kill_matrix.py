@@ -42,7 +42,7 @@ ACTIONS = {
 }
 #: further places within an action
 WITHIN = {
-    "fs.backup": ("rename.begun", "rename.acted"),
+    "fs.backup": ("disk.chunk", "rename.begun", "rename.acted"),
     "fs.rm": ("rename.begun", "rename.acted"),
     "fs.increment_flatten": ("rename.begun", "rename.acted"),
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
-from oned_backup import xmldoc
+from oned_backup import failpoints, xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unsupported
-from oned_backup.hypervisor import backup_job, freeze, thawer
+from oned_backup.hypervisor import backup_job, freeze, guardian
 from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
 from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
 from oned_backup.hypervisor.host import Host as Machine
@@ -15,9 +16,8 @@ from oned_backup.hypervisor.qemu_img import backing_chain
 from oned_backup.model.host import Host
 from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.transfer.companions import unpack_tpm
-from oned_backup.transfer.task import socket_dir_on
+from oned_backup.transfer.task import socket_dir_on, swtpm_dir_of
 
-_DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
 _THAW_TIMEOUT_S = 5.0
 _MAX_TPM_BYTES = 64 << 20
 
@@ -63,9 +63,11 @@ class Kvm(Driver):
         return {"DOMAINS": xmldoc.build("DOMAINS", found)}
 
     def define(self, call: Call) -> Answer:
-        """Define a domain from XML that the daemon has rebuilt, with its TPM's state if it had one."""
-        text = call.option("DOMAIN")
-        name = xmldoc.text(xmldoc.parse(text, what="domain"), "name")
+        """Define a domain from XML that the daemon has rebuilt; its TPM has its state before, if it had one."""
+        domain = xmldoc.parse(call.option("DOMAIN"), what="domain")
+        name = xmldoc.text(domain, "name")
+        uuid = domain.findtext("uuid") or str(uuid4())
+        xmldoc.put(domain, "uuid", uuid)
         archive = call.option("TPM_TAR", "")
         with connected(_host(call).uri) as connection:
             try:
@@ -74,13 +76,14 @@ class Kvm(Driver):
                 raise Conflict(f"the host has a domain named {name} already")
             except NotFound:
                 pass
-            with libvirt_errors(f"define domain {name}"):
-                domain = connection.defineXML(text)
+            tpm = _restore_tpm(call, uuid, Path(archive)) if archive else None
+            failpoints.reach("tpm.acted")
             try:
-                if archive:
-                    _restore_tpm(call, domain.UUIDString(), Path(archive))
+                with libvirt_errors(f"define domain {name}"):
+                    connection.defineXML(xmldoc.serialize(domain))
             except BaseException:
-                domain.undefine()
+                if tpm is not None:
+                    _machine(call).remove(tpm)
                 raise
         return {"DEPLOY_ID": name}
 
@@ -101,7 +104,7 @@ class Kvm(Driver):
             try:
                 freeze.thaw(domain, timeout_s=_THAW_TIMEOUT_S)
             except AgentSilent as error:  # it may be at a freeze, and done with it only later
-                thawer.start(_host(call).uri, domain.uuid)
+                guardian.repeat_thaw(_host(call).uri, domain.uuid)
                 call.warn(f"{error.message}; the thaw is repeated until the agent answers")
             except Unsupported as error:  # the domain has none
                 call.warn(error.message)
@@ -164,14 +167,15 @@ def _capacity(machine: Machine, domain: Domain, disk: DomainDisk) -> int:
         return 0
 
 
-def _restore_tpm(call: Call, uuid: str, archive: Path) -> None:
-
-    directory = Path(_host(call).element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR)
+def _restore_tpm(call: Call, uuid: str, archive: Path) -> Path:
+    """Where the state of the domain's TPM is now, from the archive."""
+    directory = swtpm_dir_of(_host(call)) / uuid
     machine = _machine(call)
     data = machine.read_file(str(archive), max_bytes=_MAX_TPM_BYTES)
     if data is None:
         raise NotFound(f"{archive} is not there")
-    unpack_tpm(machine, data, directory / uuid)
+    unpack_tpm(machine, data, directory)
+    return directory
 
 
 DRIVER = Kvm()

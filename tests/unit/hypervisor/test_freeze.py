@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import libvirt
@@ -67,9 +67,20 @@ NOTE = Path("/nonexistent/suspended")
 
 
 def by_agent(handle: Handle, *, timeout_s: float) -> AbstractContextManager[Window]:
-    """The guest frozen by its agent; a thaw that is left to others is a call too."""
-    later = partial(handle.calls.append, "later")
-    return frozen(LocalHost(), Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, thaw_later=later)
+    """The guest frozen by its agent; that the guardian is left alone with it is a call too."""
+
+    @contextmanager
+    def guarded(*, limit_s: float, note: Path | None = None) -> Iterator[Callable[[], None]]:
+        assert limit_s > timeout_s
+        assert note is None
+        told = threading.Event()
+        try:
+            yield told.set
+        finally:
+            if not told.is_set():
+                handle.calls.append("guardian")
+
+    return frozen(LocalHost(), Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, guarded=guarded)
 
 
 def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
@@ -81,14 +92,16 @@ def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
     assert "no freeze" in window.warning
 
 
+@pytest.mark.fault("guest", "thaw not answered")
 def test_thaw_that_nobody_answers_is_repeated_by_somebody_else() -> None:
     handle = Handle(freeze_fails=True, failing_thaws=100)
     with by_agent(handle, timeout_s=5) as window:
         pass
-    assert handle.commands == ["freeze", "thaw", "later"]
+    assert handle.commands == ["freeze", "thaw", "guardian"]
     assert "repeated until the agent answers" in window.warning
 
 
+@pytest.mark.fault("guest", "thaw not answered")
 def test_thaw_is_repeated_until_it_is_answered() -> None:
     handle = Handle(failing_thaws=2)
     with by_agent(handle, timeout_s=5) as window:
@@ -97,6 +110,7 @@ def test_thaw_is_repeated_until_it_is_answered() -> None:
     assert (window.method, window.warning) == (Mode.AGENT, "")
 
 
+@pytest.mark.fault("guest", "thaw not answered")
 def test_guest_that_may_still_be_frozen_is_an_error() -> None:
     handle = Handle(failing_thaws=100)
     with (
@@ -104,7 +118,7 @@ def test_guest_that_may_still_be_frozen_is_an_error() -> None:
         by_agent(handle, timeout_s=5),
     ):
         pass
-    assert handle.commands[-1] == "later"
+    assert handle.commands[-1] == "guardian"
 
 
 def test_block_that_takes_too_long_is_thawed_in_the_middle() -> None:

@@ -172,15 +172,23 @@ def test_a_prepare_that_died_thaws_the_guest_first(world: World) -> None:
 
 def test_cleaning_goes_on_if_the_store_is_gone(world: World) -> None:
     world.drivers.script["backup"] = [NoSpace("full")]
-    world.drivers.script["backup_cancel"] = [DriverFailed("gone")]
+    world.drivers.script["backup_cancel"] = [DriverFailed("gone")] * 3
     failed = world.run("backup", vm_id=0)
     assert kept(world) == [("FAILURE", "")]
     assert "DISCARD" in failed.result["notes"][0]
 
 
+def test_a_clean_after_record_whose_driver_dies_is_done_again(world: World) -> None:
+    world.drivers.script["post_backup_live"] = [DriverFailed("post_backup_live: killed by SIGKILL"), None]
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE
+    assert "notes" not in done.result
+    assert len(world.drivers.requests("post_backup")) == 2
+
+
 @pytest.mark.fault("host", "hypervisor unreachable at the clean-up")
 def test_a_failed_clean_after_record_is_a_warning(world: World) -> None:
-    world.drivers.script["post_backup_live"] = [DriverFailed("libvirtd died")]
+    world.drivers.script["post_backup_live"] = [DriverFailed("libvirtd died")] * 3
     done = world.run("backup", vm_id=0)
     assert done.state is OperationState.DONE
     assert "libvirtd died" in done.result["notes"][0]

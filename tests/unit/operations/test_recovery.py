@@ -14,6 +14,8 @@ import pytest
 
 from oned_backup.contract.request import Outcome, Request
 from oned_backup.errors import Unavailable
+from oned_backup.model.pruning import to_remove
+from oned_backup.operations import recovery
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.kinds import KINDS
@@ -145,6 +147,26 @@ def test_the_old_daemons_driver_is_ended_first(world: World, stubborn: bool) -> 
         process.communicate()
     assert ended.state is OperationState.FAILED
     assert not path.exists()
+
+
+def test_a_driver_that_cannot_be_ended_holds_up_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run("backup", vm_id=0)
+    operation_id = killed_in(world, "backup", vm_id=0)
+    backup_id = world.services.store.journal.steps(operation_id)[0].result["plan"]["backup_id"]
+    process = old_driver(lock_path(world.services.settings.run_dir, operation_id), stubborn=True)
+    monkeypatch.setattr(recovery, "end_old_drivers", lambda *_args, **_options: False)
+    try:
+        (ended,) = recover(world.services)
+    finally:
+        process.kill()
+        process.communicate()
+    assert world.drivers.actions == ["thaw", "abort_backup", "post_backup_live", "backup_cancel", "rm"]
+    assert ended.state is OperationState.FAILED
+    # the kernel may give the backup its name yet
+    assert to_remove(world.services.image(0)) == (backup_id,)
+    assert world.run("backup", vm_id=0).result["increment_id"] == 1
 
 
 def test_a_lock_that_nobody_holds_is_no_driver(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.documents import RestorePlan, StoredDisk
 from oned_backup.contract.request import Request
 from oned_backup.contract.targets import targets_to_xml
-from oned_backup.errors import DataCorrupt, DriverFailed, NoSpace, Salvaged
+from oned_backup.errors import Conflict, DataCorrupt, DriverFailed, NoSpace, Salvaged
 from oned_backup.runner.run import Cancellation
 from oned_backup.store import BackupState, OperationState
 from oned_backup.transfer import restoring
@@ -101,11 +101,9 @@ def test_files_of_others_are_left_alone(stored: World, tmp_path: Path) -> None:
 
 
 def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path) -> None:
-    def defined_but_killed(_request: Request) -> None:
-        stored.drivers.answers["monitor"] = lambda _request: {
-            "DOMAINS": "<DOMAINS><DOMAIN><NAME>web-restored-1</NAME><UUID>u</UUID>"
-            "<STATE>OFF</STATE></DOMAIN></DOMAINS>"
-        }
+    def defined_but_killed(request: Request) -> None:
+        uuid = xmldoc.text(xmldoc.parse(request.options["DOMAIN"]), "uuid")
+        stored.drivers.answers["monitor"] = lambda _request: monitored("web-restored-1", uuid)
         raise DriverFailed("killed")
 
     stored.drivers.script["define"] = [defined_but_killed]
@@ -113,6 +111,22 @@ def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path)
     assert failed.state is OperationState.FAILED
     assert "they are kept" in failed.result["notes"][0]
     assert names(tmp_path / "out") == ["disk.0.qcow2", "domain.xml", "nvram.fd"]
+
+
+def monitored(name: str, uuid: str) -> dict[str, str]:
+    domain = f"<DOMAIN><NAME>{name}</NAME><UUID>{uuid}</UUID><STATE>OFF</STATE></DOMAIN>"
+    return {"DOMAINS": f"<DOMAINS>{domain}</DOMAINS>"}
+
+
+def test_a_domain_of_that_name_that_is_not_ours_keeps_nothing(stored: World, tmp_path: Path) -> None:
+    def somebody_else_was_faster(_request: Request) -> None:
+        stored.drivers.answers["monitor"] = lambda _request: monitored("web-restored-1", "theirs")
+        raise Conflict("the host has a domain named web-restored-1 already")
+
+    stored.drivers.script["define"] = [somebody_else_was_faster]
+    failed = stored.run("restore", image_id=0, to=str(tmp_path / "out"), define_host_id=0)
+    assert failed.state is OperationState.FAILED
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fault("concurrency", "cancel of a restore")
