@@ -9,6 +9,7 @@
         <TYPE>INCREMENT</TYPE> <REASON>increment</REASON> <TEXT/>
         <SIZE_BYTES>8589934592</SIZE_BYTES>                 virtual size
         <SOURCE>/srv/vm/a.qcow2</SOURCE> <SOURCE_ID>2049:131073</SOURCE_ID> <FORMAT>qcow2</FORMAT>
+        <SAMPLE>0:1f2e3d4c5b6a7988,…</SAMPLE>              some clusters: offset and digest
         <BACKING>/srv/vm/base.qcow2</BACKING>*              the rest of its backing chain
         <NBD_SOCKET>/run/…/nbd.sock</NBD_SOCKET> <NBD_EXPORT>vda</NBD_EXPORT>
         <DIRTY_BITMAP>backup-vda</DIRTY_BITMAP>             only for an increment
@@ -57,6 +58,7 @@ class Reason(StrEnum):
     BITMAP_MISSING = "bitmap-missing"
     BITMAP_INCONSISTENT = "bitmap-inconsistent"  # QEMU did not close the image
     CHECKPOINT_INVALID = "checkpoint-invalid"  # libvirt refuses to use it
+    CHANGED_UNSEEN = "changed-unseen"  # what the bitmap calls unchanged has changed
     NO_CHANGE_TRACKING = "no-change-tracking"  # raw images and the like: always full
     DISK_SHRUNK = "disk-shrunk"
     # of excluded disks
@@ -85,6 +87,7 @@ _FALLBACKS = frozenset(
         Reason.BITMAP_MISSING,
         Reason.BITMAP_INCONSISTENT,
         Reason.CHECKPOINT_INVALID,
+        Reason.CHANGED_UNSEEN,
         Reason.NO_CHANGE_TRACKING,
     }
 )
@@ -103,6 +106,8 @@ class DiskExport:
     format: str
     source: str
     source_id: str = ""
+    #: see `disk.sample`
+    sample: str = ""
     backing: tuple[str, ...] = ()
     text: str = ""
     nbd_socket: str = ""
@@ -223,6 +228,7 @@ def _disk_to_xml(disk: DiskExport) -> xmldoc.Element:
         "SOURCE": disk.source,
         "SOURCE_ID": disk.source_id,
         "FORMAT": disk.format,
+        "SAMPLE": disk.sample,
         "BACKING": [xmldoc.build("BACKING", path) for path in disk.backing],
     }
     if disk.path:
@@ -250,6 +256,7 @@ def _disk_from_xml(element: xmldoc.Element) -> DiskExport:
         format=xmldoc.text(element, "FORMAT"),
         source=xmldoc.text(element, "SOURCE"),
         source_id=xmldoc.text(element, "SOURCE_ID"),
+        sample=xmldoc.text(element, "SAMPLE"),
         backing=tuple(backing.text or "" for backing in element.findall("BACKING")),
         nbd_socket=xmldoc.text(element, "NBD_SOCKET"),
         nbd_export=xmldoc.text(element, "NBD_EXPORT"),

@@ -67,6 +67,7 @@ def _disk(disk: DiskExport, backup: Backup) -> dict[str, Any]:
         "format": disk.format,
         "source": disk.source,
         "source_id": disk.source_id,
+        "sample": disk.sample,
         "backing": list(disk.backing),
     }
 

@@ -36,7 +36,8 @@ class NbdSource:
         self._socket = socket
         self._export = export
         self._where = f"NBD export {export!r} on {socket}"
-        self._dirty_context = f"qemu:dirty-bitmap:{dirty_bitmap}" if dirty_bitmap else ""
+        #: as NBD names it; empty: none
+        self.dirty_context = f"qemu:dirty-bitmap:{dirty_bitmap}" if dirty_bitmap else ""
         self._streaming = False
         self._handle = self._connect()
         self._guest_bytes = int(self._handle.get_size())
@@ -55,13 +56,13 @@ class NbdSource:
         """
         handle = self._handle
         contexts = [nbd.CONTEXT_BASE_ALLOCATION]
-        if self._dirty_context:
-            if not handle.can_meta_context(self._dirty_context):
-                raise NotFound(f"{self._where}: no dirty bitmap {self._dirty_context!r}")
-            contexts.append(self._dirty_context)
+        if self.dirty_context:
+            if not handle.can_meta_context(self.dirty_context):
+                raise NotFound(f"{self._where}: no dirty bitmap {self.dirty_context!r}")
+            contexts.append(self.dirty_context)
         if not handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION):
             contexts.remove(nbd.CONTEXT_BASE_ALLOCATION)
-        survey = ExtentPass(self._guest_bytes, contexts, self._dirty_context)
+        survey = ExtentPass(self._guest_bytes, contexts, self.dirty_context)
         while (request := survey.next_request()) is not None:
             offset, length = request
             try:
@@ -125,8 +126,8 @@ class NbdSource:
         handle = nbd.NBD()
         handle.set_export_name(self._export)
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-        if self._dirty_context:
-            handle.add_meta_context(self._dirty_context)
+        if self.dirty_context:
+            handle.add_meta_context(self.dirty_context)
         try:
             handle.connect_unix(self._socket)
         except nbd.Error as error:

@@ -4,7 +4,8 @@
      "backup": {"id", "chain_id", "parent_id", "increment_id", "type", "date", "installation",
                 "checkpoint", "vm": {"id", "name", "uuid"}, "freeze": {…},
                 "disks": [{"disk_id", "target", "type", "reason", "text", "file", "parent_id",
-                           "size_bytes", "format", "source", "source_id", "backing": […]}],
+                           "size_bytes", "format", "source", "source_id", "sample",
+                           "backing": […]}],
                 "excluded": [{"disk_id", "target", "reason", "text"}],
                 "files": [{"name", "size_bytes", "blake3", "hash_from", "uncompressed_bytes"}],
                 "replaces": ["…"], "stands_for": ["…"]}}                 of merged ones only
@@ -80,6 +81,8 @@ class ManifestDisk:
     format: str = ""
     source: str = ""
     source_id: str = ""
+    #: some clusters of the disk: offset and digest
+    sample: str = ""
     #: what lay below the source in its backing chain
     backing: tuple[str, ...] = ()
     text: str = ""
@@ -158,6 +161,7 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
             format=str(disk.get("format", "")),
             source=str(disk.get("source", "")),
             source_id=str(disk.get("source_id", "")),
+            sample=str(disk.get("sample", "")),
             backing=tuple(str(path) for path in disk.get("backing", ())),
             text=str(disk.get("text", "")),
         )

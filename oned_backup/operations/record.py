@@ -135,6 +135,7 @@ def exports_of_manifest(manifest: Manifest) -> Exports:
                 format=disk.format,
                 source=disk.source,
                 source_id=disk.source_id,
+                sample=disk.sample,
                 backing=disk.backing,
                 text=disk.text,
             )

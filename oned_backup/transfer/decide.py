@@ -108,6 +108,12 @@ def refused(text: str) -> Decision:
     return _full(Reason.CHECKPOINT_INVALID, text)
 
 
+def changed_unseen(disk: Current, offset: int) -> Decision:
+    """The full that is taken because the bitmap has not seen a write."""
+    text = f"the cluster at {offset} of {disk.target} has changed, and its bitmap has not seen it"
+    return _full(Reason.CHANGED_UNSEEN, text)
+
+
 def _full(reason: Reason, text: str = "") -> Decision:
     return Decision(BackupType.FULL, reason, text)
 

@@ -83,6 +83,7 @@ def disk_exports(
     decisions: Mapping[str, Decision],
     number: int,
     served: Mapping[str, tuple[str, str, str]],
+    samples: Mapping[str, str],
 ) -> tuple[DiskExport, ...]:
     """The DISK elements; `served` has socket, export and bitmap of each target."""
     exports = []
@@ -101,6 +102,7 @@ def disk_exports(
                 format=disk.format,
                 source=disk.source,
                 source_id=disk.source_id,
+                sample=samples.get(disk.target, ""),
                 backing=disk.backing,
                 nbd_socket=socket,
                 nbd_export=name,

@@ -19,7 +19,7 @@ from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
 from oned_backup.hypervisor.domain import Domain, find_domain
-from oned_backup.transfer import clean, companions, deadman, guard
+from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import (
     TRACKED_FORMAT,
@@ -90,14 +90,11 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     local_socket = task.host.forward(socket)
     guard.start(task, domain, folders)
     files += companions.write_firmware(task, domain, source_dir)
+    served = {disk.target: (str(local_socket), disk.target, disk.bitmap) for disk in job}
+    samples_now = samples.check(task, disks, decisions, served)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
-        disks=disk_set.disk_exports(
-            disks,
-            decisions,
-            number,
-            {disk.target: (str(local_socket), disk.target, disk.bitmap) for disk in job},
-        ),
+        disks=disk_set.disk_exports(disks, decisions, number, served, samples_now),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
         freeze=Freeze(
@@ -118,6 +115,7 @@ def _take_over(task: Task, domain: Domain) -> None:
     socket = backup_job.current_socket(domain)
     if socket is not None:
         raise Busy(f"domain {domain.name} has a backup job of somebody else, at {socket}")
+    backup_job.require_no_other(domain)  # not to be found out while the guest is frozen
     clean.remove_files(task, domains.disks(domain.xml()))
     if task.checkpoint:
         checkpoints.remove(domain, task.checkpoint)

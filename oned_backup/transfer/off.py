@@ -19,7 +19,7 @@ from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, find_domain
 from oned_backup.hypervisor.qemu_img import Image
-from oned_backup.transfer import clean, companions, deadman, guard
+from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide, refused
 from oned_backup.transfer.task import Task
@@ -69,9 +69,10 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     if task.host.machine:
         guard.start_for_servers(task.uri, task.operation_dir, task.local_dir)
     _require_off(domain)
+    samples_now = samples.check(task, disks, decisions, served)
     number = disk_set.increment_id(task, decisions.values())
     return Exports(
-        disks=disk_set.disk_exports(disks, decisions, number, served),
+        disks=disk_set.disk_exports(disks, decisions, number, served, samples_now),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
         freeze=Freeze(task.vm.config.fs_freeze.value, warning=unprotected),

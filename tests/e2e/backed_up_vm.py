@@ -44,6 +44,7 @@ class RestorePoint:
     exports: Exports
     files: Path
     truth: dict[str, Path] = field(default_factory=dict)
+    layers: dict[str, tuple[Layer, ...]] = field(default_factory=dict)
 
     def disk(self, target: str) -> DiskExport:
         """The export of one disk."""
@@ -197,13 +198,24 @@ class BackedUpVm:
         self.assert_nothing_left(operation_id)
         return point
 
-    def assert_restores(self, target: str) -> None:
-        """The disk's chain restores to what QEMU itself copied at the newest point."""
-        layers = self._layers[target]
-        restored = self.directory / f"restored-{target}-{len(self.points)}"
-        restore_chain(layers, restored, format="raw")
-        compare(restored, self.points[-1].truth[target])
+    def assert_restores(self, target: str, number: int = -1) -> None:
+        """The disk's chain restores to what QEMU itself copied at that point, the newest."""
+        point = self.points[number]
+        restored = self.directory / f"restored-{target}"
+        restore_chain(point.layers[target], restored, format="raw")
+        compare(restored, point.truth[target])
         restored.unlink()
+
+    def assert_survived(self) -> None:
+        """After a fault: every restore point is what it was, and the next backup is an increment of everything."""
+        for number, point in enumerate(self.points):
+            for target in point.truth.keys() & point.layers.keys():
+                self.assert_restores(target, number)
+        point = self.backup()
+        assert {disk.reason.value for disk in point.exports.disks} == {"increment"}
+        for disk in point.exports.disks:
+            self.assert_restores(disk.target)
+        assert not self.guest.is_paused()
 
     def assert_nothing_left(self, operation_id: str) -> None:
         """No job, socket, server, scratch file; the only checkpoint of ours is the newest point's."""
@@ -235,7 +247,8 @@ class BackedUpVm:
             if disk.type is BackupType.FULL:
                 self._layers[disk.target] = [layer]
             else:
-                self._layers[disk.target].append(layer)
+                self._layers[disk.target] = [*self._layers[disk.target], layer]
+            point.layers[disk.target] = tuple(self._layers[disk.target])
 
     @contextmanager
     def _same_instant(self, name: str, *, suspended: bool) -> Iterator[dict[str, Path]]:

@@ -1,0 +1,226 @@
+"""Disks that are changed behind the back of change tracking, between two backups.
+
+The domain has no operating system; what it would write is written by QEMU itself, or by
+qemu-io while it is off. Each test ends with `assert_survived`: every restore point is what it
+was, and the chain goes on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import libvirt
+import libvirt_qemu
+import pytest
+from backed_up_vm import BackedUpVm, command
+from lab import Guest, LabDisk, wait_for
+
+from oned_backup.errors import Busy
+from oned_backup.hypervisor.backup_job import JobDisk, job_xml
+from oned_backup.model.names import checkpoint_name
+
+pytestmark = pytest.mark.guest
+
+Observed = Callable[[str, object], None]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def vm(
+    make_guest: Callable[..., Guest], back_up: Callable[[Guest], BackedUpVm], tmp_path: Path
+) -> BackedUpVm:
+    """A VM with two disks of 16 MiB that is off, backed up once."""
+    disks = [LabDisk(tmp_path / f"{name}.qcow2") for name in ("one", "two")]
+    for number, disk in enumerate(disks):
+        command("qemu-img", "create", "-q", "-f", "qcow2", str(disk.path), "16M")
+        command("qemu-io", "-f", "qcow2", "-c", f"write -P {number + 1} 0 16M", str(disk.path))
+    vm = back_up(make_guest(disks, start=False, boot="disk", agent=False))
+    vm.backup()
+    return vm
+
+
+def write(vm: BackedUpVm, *commands: str, disk: int = 0) -> None:
+    """QEMU writes, or while it is off qemu-io."""
+    if not vm.guest.is_active():
+        arguments = [word for text in commands for word in ("-c", text)]
+        command("qemu-io", "-f", "qcow2", *arguments, str(vm.guest.disks[disk].path))
+        return
+    for text in commands:
+        device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
+        said = libvirt_qemu.qemuMonitorCommand(vm.guest.domain, f'qemu-io -d {device} "{text}"', 1)
+        assert said == "", said  # what it prints otherwise goes to the log of QEMU
+
+
+def reasons(vm: BackedUpVm) -> str:
+    """A backup's reasons, disk by disk, after its content was compared."""
+    point = vm.backup()
+    for disk in point.exports.disks:
+        vm.assert_restores(disk.target)
+    return ", ".join(disk.reason.value for disk in point.exports.disks)
+
+
+@pytest.mark.fault("guest", "disk grown while off")
+def test_it_grows_while_off(vm: BackedUpVm, record_property: Observed) -> None:
+    command("qemu-img", "resize", "-q", str(vm.guest.disks[0].path), "24M")
+    write(vm, "write -P 9 20M 64k")
+    record_property("observed", reasons(vm))
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "disk grown while it runs, between backups")
+def test_it_grows_while_it_runs(vm: BackedUpVm, record_property: Observed) -> None:
+    vm.guest.start()
+    assert reasons(vm) == "increment, increment"
+    vm.guest.domain.blockResize("vda", 24 * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    write(vm, "write -P 9 20M 64k", "write -P 9 1M 64k")
+    record_property("observed", reasons(vm))
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "disk shrunk while off")
+def test_it_shrinks_while_off(vm: BackedUpVm, record_property: Observed) -> None:
+    command("qemu-img", "resize", "-q", "--shrink", str(vm.guest.disks[0].path), "8M")
+    said = reasons(vm)
+    assert said == "disk-shrunk, increment"
+    record_property("observed", said)
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "disk shrunk and grown again while off")
+def test_it_shrinks_and_grows_again_while_off(vm: BackedUpVm, record_property: Observed) -> None:
+    disk = str(vm.guest.disks[0].path)
+    command("qemu-img", "resize", "-q", "--shrink", disk, "8M")
+    command("qemu-img", "resize", "-q", disk, "16M")
+    said = reasons(vm)
+    assert said == "changed-unseen, increment"
+    record_property("observed", said)
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "contents of two disks swapped in place")
+def test_contents_are_swapped(vm: BackedUpVm, tmp_path: Path, record_property: Observed) -> None:
+    one, two = (disk.path for disk in vm.guest.disks)
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    said = reasons(vm)
+    assert said == "changed-unseen, changed-unseen"
+    record_property("observed", said)
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "disk unplugged between backups")
+def test_it_is_unplugged_and_plugged_in_again(vm: BackedUpVm, record_property: Observed) -> None:
+    both = list(vm.guest.disks)
+    vm.guest.disks = both[:1]
+    vm.guest.domain = vm.guest.libvirtd.connection.defineXML(vm.guest.xml())
+    without = reasons(vm)
+    assert without == "increment"
+    vm.guest.disks = both
+    vm.guest.domain = vm.guest.libvirtd.connection.defineXML(vm.guest.xml())
+    write(vm, "write -P 9 1M 64k", disk=1)
+    again = reasons(vm)
+    assert again.startswith("increment, ")
+    record_property("observed", f"{without} without it; plugged in again {again}")
+    vm.assert_survived()
+
+
+@pytest.mark.fault("guest", "renamed between backups")
+def test_it_is_renamed(vm: BackedUpVm, record_property: Observed) -> None:
+    vm.guest.domain.rename(f"{vm.guest.name} again")
+    vm.guest.name += " again"
+    write(vm, "write -P 9 1M 64k")
+    said = reasons(vm)
+    assert said == "increment, increment"
+    record_property("observed", said)
+    vm.assert_survived()
+
+
+SNAPSHOT = "<domainsnapshot><name>before</name></domainsnapshot>"
+
+
+@pytest.mark.fault("change tracking", "internal snapshot made")
+@pytest.mark.fault("change tracking", "reverted to an internal snapshot while it runs")
+def test_it_is_reverted_while_it_runs(vm: BackedUpVm, record_property: Observed) -> None:
+    vm.guest.start()
+    assert reasons(vm) == "increment, increment"
+    snapshot = vm.guest.domain.snapshotCreateXML(SNAPSHOT, 0)
+    write(vm, "write -P 9 1M 64k")
+    made = reasons(vm)
+    write(vm, "write -P 10 3M 64k")
+    assert made == "increment, increment"
+    with pytest.raises(libvirt.libvirtError, match="Device has active dirty bitmaps"):
+        vm.guest.domain.revertToSnapshot(snapshot, 0)
+    vm.guest.start()  # QEMU has refused to start with the old state
+    record_property("observed", f"increment after it was made; QEMU refuses the revert; then {reasons(vm)}")
+    vm.assert_survived()
+
+
+@pytest.mark.fault("change tracking", "reverted to an internal snapshot while off")
+def test_it_is_reverted_while_off(vm: BackedUpVm, record_property: Observed) -> None:
+    disk = str(vm.guest.disks[0].path)
+    command("qemu-img", "snapshot", "-c", "before", disk)
+    write(vm, "write -P 9 1M 64k")
+    made = reasons(vm)
+    assert made == "increment, increment"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        command("qemu-img", "snapshot", "-a", "before", disk)
+    assert "Device has active dirty bitmaps" in refused.value.stderr
+    record_property("observed", f"refused by qemu-img as long as there are bitmaps; then {reasons(vm)}")
+    vm.assert_survived()
+
+
+@pytest.mark.fault("change tracking", "bitmap in use")
+def test_somebody_else_reads_since_our_checkpoint(
+    vm: BackedUpVm, tmp_path: Path, record_property: Observed
+) -> None:
+    vm.guest.start()
+    point = vm.backup()
+    theirs = [JobDisk("vda", tmp_path / "their.scratch", point.exports.checkpoint)]
+    socket = vm.socket_dir.parent / "theirs.sock"
+    vm.guest.domain.backupBegin(job_xml(socket, theirs, ["vdb"]), None, 0)
+    with pytest.raises(Busy, match="somebody else"):
+        vm.backup(fs_freeze="AGENT")
+    assert vm.guest.has_backup_job()
+    vm.guest.domain.abortJob()
+    wait_for("end of the foreign job", lambda: not vm.guest.has_backup_job())
+    write(vm, "write -P 9 1M 64k")
+    record_property("observed", f"busy; then {reasons(vm)}")
+    vm.assert_survived()
+
+
+@pytest.mark.fault("change tracking", "bitmap of the new checkpoint's name is there already")
+@pytest.mark.parametrize("running", [False, True])
+def test_a_bitmap_of_the_next_name(vm: BackedUpVm, record_property: Observed, running: bool) -> None:
+    name = checkpoint_name("0badcafe", "20260101-000000-000001")
+    for disk in vm.guest.disks:
+        command("qemu-img", "bitmap", "--add", "-f", "qcow2", str(disk.path), name)
+    if running:
+        vm.guest.start()
+    write(vm, "write -P 9 1M 64k")
+    said = reasons(vm)
+    assert said == "increment, increment"
+    record_property("observed", said)
+    vm.assert_survived()
+
+
+@pytest.mark.fault("odd inputs", "paths with spaces, quotes, unicode")
+def test_odd_names_and_paths(
+    make_guest: Callable[..., Guest],
+    back_up: Callable[[Guest], BackedUpVm],
+    tmp_path: Path,
+    record_property: Observed,
+) -> None:
+    folder = tmp_path / "-a b,c=d'e\"fü:%g\\h$(x)"
+    folder.mkdir()
+    disk = LabDisk(folder / "-d i'sk,ü.qcow2")
+    command("qemu-img", "create", "-q", "-f", "qcow2", str(disk.path), "16M")
+    vm = back_up(make_guest([disk], start=False, boot="disk", agent=False))
+    write(vm, "write -P 9 1M 64k")
+    off = reasons(vm)
+    vm.guest.start()
+    write(vm, "write -P 9 3M 64k")
+    record_property("observed", f"{off} while off, {reasons(vm)} while it runs")
+    vm.assert_survived()
