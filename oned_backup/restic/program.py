@@ -280,12 +280,12 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
         return Busy(
             f"{location.url}: {_lock(text)}", hint="restic list locks; restic unlock, if its owner is dead."
         )
-    said = _last(text) or f"exit code {done.returncode}"
+    what = _last(text) or f"exit code {done.returncode}"
     if not location.target and kind is PermissionDenied:
-        said = f"{KEYS} do not open it: {said}"
+        what = f"{KEYS} do not open it: {what}"
     elif "x509: " in text:
-        said = f"{UNPROVED}: {said.rpartition('x509: ')[2]}"
-    return kind(f"restic: {said} ({location.url})")
+        what = f"{UNPROVED}: {what.rpartition('x509: ')[2]}"
+    return kind(f"restic: {what} ({location.url})")
 
 
 def kind_of(text: str) -> type[OnedBackupError] | None:

@@ -1,19 +1,12 @@
 """A datastore of restic's: one repository a VM, one restic_snapshot a backup, tagged with its id.
 
-    BASE_PATH/.oned-backup-store    the marker: this is a store, and it is mounted (SFTP)
-    BASE_PATH/<vm id>/              a restic repository
-    BASE_PATH/job_<job id>/         OpenNebula's, of a backup job: with backups of several VMs
-    BASE_PATH/.new-<vm id>-<hex>/   one in the making
-
-A repository gets its name when it is complete, by a rename that cannot replace another.
+Where the repositories lie is for `place` to say.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import re
 import selectors
 import tempfile
 import threading
@@ -35,18 +28,18 @@ from oned_backup.errors import (
 )
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.restic import program
+from oned_backup.restic.place import place_of
 from oned_backup.restic.program import Repository, Started
-from oned_backup.restic.settings import Settings, bucket, repository, settings_of
+from oned_backup.restic.settings import Settings, repository, settings_of
 from oned_backup.restic.view import TAG, StoredBackups, vms_of_job
-from oned_backup.sdk import Call, sftp
-from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT, images_are_known
+from oned_backup.sdk import Call
+from oned_backup.sdk.folder_store import images_are_known
 from oned_backup.sdk.mounted import mounted
 from oned_backup.sdk.process import Completed
 
 if TYPE_CHECKING:
     from oned_backup.sdk.files import BackupFile, BackupFiles
 
-_REPOSITORY = re.compile(r"(?:job_)?\d{1,9}", re.ASCII)
 _HOST = "oned-backup"
 #: less than this on a server that reports "Failure": it is full
 _FULL_KB = 64 * 1024
@@ -89,6 +82,7 @@ class Store:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.settings: Settings = settings_of(call)
+        self.place = place_of(call, self.settings)
         self._told = time.monotonic()
         for warning in self.settings.warnings():
             call.warn(warning)
@@ -136,7 +130,7 @@ class Store:
                     raise _read_failure(repo, started, error) from error
         except NotFound as error:
             if "there is no repository" in error.message:
-                self.require_marker()
+                self.place.require_store()
             raise
 
     def store(
@@ -165,105 +159,26 @@ class Store:
         if short_ids:
             repo.must("forget", *short_ids)
 
-    def free_unreferenced(self, repo: Repository) -> None:
+    def free_unreferenced(self, name: str) -> None:
         """Remove the packs that a broken backup left, without moving any others."""
-        repo.must("prune", "--max-repack-size", "0")
+        with self.place.temporary_files_removed(name):
+            self.repository(name).must("prune", "--max-repack-size", "0")
 
     def prune(self, name: str) -> None:
         """Free what a repository does not need; a backup that wants to begin waits for that long."""
-        self.repository(name).must("prune", *self.settings.prune_flags())
-
-    def repositories(self) -> list[str]:
-        """Their names: VMs' ids, and OpenNebula's for jobs."""
-        if self.settings.s3:
-            found = sorted(bucket(self.call, self.settings).sizes())
-        else:
-            try:
-                found = sftp.names(self.settings.target, self.settings.base)
-            except NotFound as error:
-                raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
-        return [name for name in found if _REPOSITORY.fullmatch(name)]
-
-    def space_mb(self) -> tuple[int, int, int]:
-        """Total, used and free MB of the file system; a bucket has no end but TOTAL_MB."""
-        if self.settings.s3:
-            all_mb = int(self.settings.parameters.get("TOTAL_MB", "1048576"))
-            used_mb = sum(bucket(self.call, self.settings).sizes().values()) >> 20
-            return all_mb, used_mb, max(all_mb - used_mb, 0)
-        try:
-            total, used, free = sftp.space_kb(self.settings.target, self.settings.base)
-        except NotFound as error:
-            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
-        return total >> 10, used >> 10, free >> 10
-
-    def require_marker(self) -> None:
-        """`Unavailable` unless the place is known to be a store; `Misconfigured` without a bucket."""
-        if self.settings.s3:
-            bucket(self.call, self.settings).require()
-            return
-        try:
-            if MARKER in sftp.names(self.settings.target, self.settings.base):
-                return
-        except NotFound as error:
-            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
-        raise Unavailable(
-            f"{self.settings.target}:{self.settings.base} has no {MARKER}, but backups are known to be there",
-            hint="Is it mounted?",
-        )
+        with self.place.temporary_files_removed(name):
+            self.repository(name).must("prune", *self.settings.prune_flags())
 
     def create(self, vm_id: int) -> None:
         """Make a VM's repository. Another that was made meanwhile is as good."""
         call, settings = self.call, self.settings
         if images_are_known(call) or (call.request.backup and call.request.backup.parent_id):
-            self.require_marker()
+            self.place.require_store()
         if call.request.backup and call.request.backup.parent_id:
             raise NotFound(
                 f"{settings.location(str(vm_id)).url}: there is no repository, but there were backups"
             )
-        if settings.s3:
-            bucket(call, settings).require()  # restic would make it
-            self.repository(vm_id).must("init")
-            return
-        self._write_marker()
-        new = f".new-{vm_id}-{os.urandom(4).hex()}"
-        self.repository(new).must("init")
-        source, target = (sftp.path_argument(settings.base / name) for name in (new, str(vm_id)))
-        try:
-            sftp.batch(settings.target, [f"rename {source} {target}"])
-        except DriverFailed:
-            self._remove_new(new)
-            if str(vm_id) not in self.repositories():
-                raise
-
-    def _write_marker(self) -> None:
-        settings = self.settings
-        try:
-            if MARKER in sftp.names(settings.target, settings.base):
-                return
-        except NotFound as error:
-            raise Unavailable(error.message, hint="Create the directory, or mount it.") from error
-        local = Path("marker")
-        local.write_bytes(MARKER_TEXT)
-        put = f"put {sftp.path_argument(str(local.absolute()))} {sftp.path_argument(settings.base / MARKER)}"
-        sftp.batch(settings.target, [put])
-
-    def _remove_new(self, new: str) -> None:
-        place = self.settings.base / new
-        folders = [
-            "keys",
-            "snapshots",
-            "index",
-            "locks",
-            *(f"data/{number:02x}" for number in range(256)),
-            "data",
-        ]
-        commands = [
-            f"-rm {sftp.path_argument(place / 'config')}",
-            f"-rm {sftp.path_argument(place / 'keys')}/*",
-        ]
-        commands += [f"-rmdir {sftp.path_argument(place / name)}" for name in folders]
-        with suppress(OnedBackupError):
-            sftp.batch(self.settings.target, [*commands, f"-rmdir {sftp.path_argument(place)}"])
+        self.place.create(str(vm_id), lambda name: self.repository(name).must("init"))
 
     def _store(
         self, repo: Repository, vm_id: int, backup_id: str, files: BackupFiles, asked: Started | None
@@ -336,24 +251,17 @@ class Store:
                 failures = said.count(b"Failure")
                 if failures > looked and not storing.ended:
                     looked = failures
-                    if self._free_kb() <= _FULL_KB:
+                    if self.place.free_kb() <= _FULL_KB:
                         storing.stop()
                 if time.monotonic() - self._told > _SIGN_OF_LIFE_S:
                     self._told = time.monotonic()
                     self.call.log("restic is at work")
 
-    def _free_kb(self) -> int:
-        """KiB that are free on the server; many if that is not known."""
-        try:
-            return sftp.space_kb(self.settings.target, self.settings.base)[2]
-        except OnedBackupError:
-            return 1 << 62
-
     def _explained(self, error: OnedBackupError, stderr: bytes) -> OnedBackupError:
         """SFTP has no word for a full disk: it says "Failure"."""
         if self.settings.s3 or not (isinstance(error, NoSpace) or b"Failure" in stderr):
             return error
-        free_kb = self._free_kb()
+        free_kb = self.place.free_kb()
         if free_kb > _FULL_KB and not isinstance(error, NoSpace):
             return error
         return NoSpace(

@@ -46,6 +46,13 @@ def names(target: str, path: PurePosixPath) -> list[str]:
     return sorted(name for name in found if name not in {"", ".", ".."})
 
 
+def matches(target: str, path: PurePosixPath, pattern: str) -> list[PurePosixPath]:
+    """The files below a directory whose paths there fit a glob pattern; none, too, if it is absent."""
+    done = batch(target, [f"-ls -1 {path_argument(path)}/{pattern}"])
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    return [PurePosixPath(line) for line in lines if line.startswith(f"{path}/")]
+
+
 def space_kb(target: str, path: PurePosixPath) -> tuple[int, int, int]:
     """Total, used and available KiB of the file system that holds `path`."""
     done = batch(target, [f"cd {path_argument(path)}", "df ."])  # `df` alone does not say that it is absent

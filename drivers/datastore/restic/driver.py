@@ -70,9 +70,8 @@ class ResticDatastore(FolderStore):
                 left = folder.restic_snapshots(backup_id)
         except NotFound:
             return
-        repository = store.repository(call.vm_id)
-        store.forget(repository, left)
-        store.free_unreferenced(repository)
+        store.forget(store.repository(call.vm_id), left)
+        store.free_unreferenced(str(call.vm_id))
 
     def rm(self, call: Call) -> None:
         """Forget backups that no other one continues; a later prune frees their space."""
@@ -89,7 +88,7 @@ class ResticDatastore(FolderStore):
     def monitor(self, call: Call) -> Answer:
         """How full the server's file system is."""
         store = Store(call)
-        total, used, free = store.space_mb()
+        total, used, free = store.place.space_mb()
         return {"TOTAL_MB": total, "USED_MB": used, "FREE_MB": free}
 
     def catalogue(self, call: Call) -> Answer:
@@ -97,7 +96,7 @@ class ResticDatastore(FolderStore):
         store = Store(call)
         manifests: list[str] = []
         unreadable: list[tuple[str, str]] = []
-        for name in store.repositories():
+        for name in store.place.repositories():
             try:
                 with store.opened_all(name) as folders:
                     for folder in folders:
@@ -109,15 +108,15 @@ class ResticDatastore(FolderStore):
     def prune(self, call: Call) -> Answer:
         """Free what no backup needs, in each repository; one that is in use has its turn next time."""
         store = Store(call)
-        before = store.space_mb()[1]
-        for name in store.repositories():
+        before = store.place.space_mb()[1]
+        for name in store.place.repositories():
             try:
                 store.prune(name)
             except Busy as error:
                 call.warn(f"repository {name} is left for the next time: {error.message}")
             except NotFound:
                 continue
-        return {"FREED_MB": max(before - store.space_mb()[1], 0)}
+        return {"FREED_MB": max(before - store.place.space_mb()[1], 0)}
 
     def _stored(self, call: Call, open_files: Callable[[], BackupFiles], *, new: bool) -> Manifest:
         """The manifest of the call's backup, which is stored unless it is there already."""

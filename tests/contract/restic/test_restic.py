@@ -125,7 +125,10 @@ def test_a_parent_stays_and_what_went_is_freed_by_prune(
         store.call("rm", {"BACKUP_IDS": ID})
     before = size_of(store)
     store.call("rm")
+    left = store.base / "7/data/00" / f"{'0' * 64}-restic-temp-0123456789abcdef"
+    left.write_bytes(b"what a restic that died has left")
     store.call("prune")
+    assert not left.exists()
     assert json.loads(restic(store, "snapshots", "--json")) == []
     assert size_of(store) < before - 7 * MIB
 
@@ -295,6 +298,7 @@ def test_a_full_server_is_no_space_and_is_cleaned(
             replace(store, chain=[]).backup(OTHER_ID, exports_of(export(large, socket)))
         store.cancel(OTHER_ID)
         assert size_of(store) < before + MIB // 4
+        assert not list(store.base.rglob("*-restic-temp-*"))
         assert store.failures() == {ID: {}}
     finally:
         run("umount", "--lazy", store.base)
