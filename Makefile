@@ -6,7 +6,7 @@ JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench torture fuzz faults format clean
+.PHONY: help setup demo test check bench kit torture fuzz faults format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ check: setup ## linters, types, layers
 bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
 	@share/setup.sh lab bench
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.bench $(if $(QUICK),--quick)
+
+kit: setup ## the whole conformance kit on every kind of store, more than an hour (WHERE="rsync restic-s3")
+	@PYTHONPATH=share/lab $(PYTHON) tests/contract/whole_kit.py $(WHERE)
 
 torture: setup ## kill daemon and drivers at random moments (MINUTES=10 SEED=…)
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.faults.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
