@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
@@ -194,6 +195,11 @@ def error_body(error: OnedBackupError) -> dict[str, Any]:
     }
 
 
+def _path(request: Request) -> str:
+    """The path for messages and the log, whatever bytes it is made of."""
+    return quote(str(request.scope["path"])[:200], errors="replace")
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OnedBackupError)
     def known(_request: Request, error: OnedBackupError) -> JSONResponse:
@@ -212,12 +218,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
-        text = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        text = f"{request.method} {_path(request)}: {error.detail}"
         return JSONResponse(error_body(NotFound(text)), error.status_code)
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        logger.error("%s %s", request.method, _path(request), exc_info=error)
         text = f"internal error: {type(error).__name__}"
         return JSONResponse(
             error_body(OnedBackupError(text, hint="The daemon's log has the traceback.")), 500

@@ -1,4 +1,4 @@
-"""Refuses requests whose body is too large, announced or not."""
+"""Refuses requests whose body is too large, announced or not, and such whose query is no text of a URL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class _TooLarge(Exception):
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for bodies of more than `max_bytes`."""
+    """ASGI middleware: 413 for bodies of more than `max_bytes`, 400 for such a query."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -22,10 +22,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if not scope.get("query_string", b"").isascii():  # RFC 3986, 2; Starlette would fail on it
+            await _refuse(scope, receive, send, 400, "query: characters that are not percent-encoded")
+            return
+        too_large = f"request body: more than {self._max_bytes} bytes"
         headers = dict(scope["headers"])
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            await _refuse(scope, receive, send, 413, too_large)
             return
         size = 0
 
@@ -40,13 +44,9 @@ class BodyLimit:
         try:
             await self._app(scope, counted, send)
         except _TooLarge:
-            await self._refuse(scope, receive, send)
+            await _refuse(scope, receive, send, 413, too_large)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = {
-            "code": "InvalidInput",
-            "message": f"request body: more than {self._max_bytes} bytes",
-            "hint": "",
-            "exit_code": 2,
-        }
-        await JSONResponse(body, 413)(scope, receive, send)
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
+    body = {"code": "InvalidInput", "message": message, "hint": "", "exit_code": 2}
+    await JSONResponse(body, status)(scope, receive, send)

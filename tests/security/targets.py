@@ -340,6 +340,7 @@ _REQUESTS = [
     b"GET v1/operations?limit=5&failed=true&vm_id=1\n",
     b"GET v1/operations/op-1?seen=0\n",
     b"GET v1/resolve?kind=vm&ref=web\n",
+    b"GET v1/no\x0a\xff\x1bpath?a=\xff\xff\n",
     b'POST v1/hosts\n{"name": "a", "uri": "dummy:///x", "vmm": "no", "tm": "no"}',
     b'PATCH v1/vms/0/config\n{"values": {"MODE": "FULL"}}',
     b'POST v1/images/0/restore\n{"to": "/srv/x", "increment_id": 1, "salvage": true}',
