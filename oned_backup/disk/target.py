@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from oned_backup.disk.writeback import WriteBehind
+from oned_backup.disk.filewriter import FileWriter
 from oned_backup.errors import (
     Busy,
     InvalidInput,
@@ -142,23 +142,19 @@ class DescriptorTarget(Target):
     def __init__(self, fd: int, what: str) -> None:
         self._fd = fd
         self._what = what
-        self._behind = WriteBehind(fd)
+        self._writer = FileWriter(fd)
 
     def write(self, offset: int, view: memoryview) -> None:
         """These bytes at that offset."""
         try:
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                self._behind.wrote(offset, count)
-                view = view[count:]
-                offset += count
+            self._writer.write(offset, view)
         except OSError as error:
             raise _explained(error, self._what) from error
 
     def finish(self) -> None:
         """Make it durable. A failure is final."""
         try:
-            os.fsync(self._fd)
+            self._writer.sync()
         except OSError as error:
             raise _explained(error, self._what) from error
 

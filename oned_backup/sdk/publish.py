@@ -17,10 +17,13 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from oned_backup import failpoints
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    from oned_backup.disk.filewriter import FileWriter
 
 _READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -104,24 +107,17 @@ class Folder:
 
         The chunks go to offset `begin` and beyond; what precedes them is asked for last.
         """
-        from oned_backup.disk.writeback import WriteBehind  # noqa: PLC0415 - readers need no data engine
+        from oned_backup.disk.filewriter import FileWriter  # noqa: PLC0415 - readers need no data engine
 
         descriptor = os.open(_component(name), _EXCLUSIVE, 0o600, dir_fd=self.descriptor)
-        behind = WriteBehind(descriptor)
-        written = begin
         try:
-            os.lseek(descriptor, begin, os.SEEK_SET)
-            for chunk in chunks:
-                _write_all(descriptor, chunk)
-                behind.wrote(written, len(chunk))
-                written += len(chunk)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            for chunk in head():
-                _write_all(descriptor, chunk)
-            os.fsync(descriptor)
+            writer = FileWriter(descriptor)
+            end = _write_all(writer, begin, chunks)
+            _write_all(writer, 0, head())
+            writer.sync()
         finally:
             os.close(descriptor)
-        return written
+        return end
 
     def publish_file(self, name: str, data: bytes) -> None:
         """Make `data` appear under `name` at once and durably; `Conflict` if the name is taken."""
@@ -205,10 +201,12 @@ def _move(source: str, target: str, source_dir: int, target_dir: int) -> None:
         raise Conflict(f"{target} exists already") from error
 
 
-def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
-    rest = memoryview(chunk)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+def _write_all(writer: FileWriter, offset: int, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write the chunks from `offset` on; returns the offset that they end at."""
+    for chunk in chunks:
+        writer.write(offset, chunk)
+        offset += len(chunk)
+    return offset
 
 
 def _component(name: str) -> str:
