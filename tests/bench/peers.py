@@ -47,7 +47,9 @@ class Push:
         """Seconds from the start of the job until it ended and its file is durable."""
         domain = self._machine.domain
         target = self.directory / f"push.{self._number}"
-        target.unlink(missing_ok=True)
+        if full:
+            for former in self.directory.glob("push.*"):
+                former.unlink()
         previous = f"bench-{self._number - 1}"
         incremental = "" if full else f"<incremental>{previous}</incremental>"
         backup = f"""<domainbackup mode='push'>{incremental}<disks>

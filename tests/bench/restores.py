@@ -38,8 +38,8 @@ def measure(
         with RssWatch("download") as watch:
             for _ in range(runs):
                 target = directory / "restored"
+                shutil.rmtree(target, ignore_errors=True)  # as late as the others do with theirs
                 mine.append(product.restore(image, target, format="raw", disk_id=1)["seconds"])
-                shutil.rmtree(target)
                 converted.append(convert_chain(chain, directory / "converted.raw"))
                 third.append(vnb.restore(directory / "vnb-restored"))
         moved = data.allocated
