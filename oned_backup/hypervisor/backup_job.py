@@ -17,12 +17,21 @@ from pathlib import Path
 import libvirt
 
 from oned_backup import failpoints, xmldoc
-from oned_backup.errors import NotFound, OnedBackupError, Unavailable
+from oned_backup.errors import Busy, NotFound, OnedBackupError, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain
 
 _ABORT_TIMEOUT_S = 60.0
 _POLL_S = 0.02
+
+#: what a job waits for: libvirt does one such thing with a domain at a time
+_OTHERS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: "is being migrated here",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "is being migrated",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "is being saved",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "is being dumped",
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "is given a snapshot",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,15 @@ def abort(domain: Domain, socket_dir: Path) -> bool:
             domain.handle.abortJob()
         aborted = True
     return aborted
+
+
+def require_no_other(domain: Domain) -> None:
+    """Raise `Busy` if libvirt does something with the domain that a job would have to wait for."""
+    with libvirt_errors(f"job of domain {domain.name}"):
+        stats: dict[str, int] = domain.handle.jobStats(0)
+    doing = _OTHERS.get(stats.get("operation", libvirt.VIR_DOMAIN_JOB_OPERATION_UNKNOWN))
+    if doing and stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE:
+        raise Busy(f"domain {domain.name} {doing}")
 
 
 def scratch_usage(domain: Domain) -> ScratchUsage | None:

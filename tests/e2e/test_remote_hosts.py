@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import libvirt
 import pytest
 from backed_up_vm import new_file
-from lab import Guest, LabError, data_disk, root_disk, wait_for
+from lab import Guest, LabDisk, LabError, data_disk, root_disk, wait_for
 from netlab import Machine, Netlab
 from product import Product
 
@@ -111,9 +113,14 @@ def test_a_chain_over_ssh(netlab: Netlab, product: Product, guest_on: Callable[.
     guest.stop()
     assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
     nothing_left(netlab)
+    same_as_restored(netlab, product, guest.disks)
+
+
+def same_as_restored(netlab: Netlab, product: Product, disks: Sequence[LabDisk]) -> None:
+    """The newest restore point has what is in the disks of a guest that is off."""
     target = netlab["daemon"].own / "restored"
     product.run("image", "restore", "0", "--to", str(target), "--format", "raw")
-    for number, disk in enumerate(guest.disks):
+    for number, disk in enumerate(disks):
         (restored,) = target.glob(f"disk.{number}*.raw")
         argv = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(restored), str(disk.path)]
         subprocess.run(argv, check=True, capture_output=True, timeout=60)
@@ -197,8 +204,9 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
         pytest.param(
             "copied, off", marks=pytest.mark.fault("change tracking", "VM moved to another host, off")
         ),
+        "copied, live",
         pytest.param(
-            "shared, running", marks=pytest.mark.fault("change tracking", "VM moved to another host, running")
+            "shared, live", marks=pytest.mark.fault("change tracking", "VM moved to another host, running")
         ),
     ],
 )
@@ -213,32 +221,122 @@ def test_a_vm_that_moves_keeps_its_chain(
     new_file(guest, "/data/vdb/one", 8)
     backup(product, "-d", "nightly")
     new_file(guest, "/data/vdb/two", 4)
-    guest.stop()
-    moved = move(guest, hv2)
+    if moves.endswith("live"):
+        moved = migrate(guest, hv2)
+        new_file(moved, "/data/vdb/three", 4)
+    else:
+        guest.stop()
+        moved = move(guest, hv2)
     try:
-        if moves.endswith("running"):
-            moved.start()
-            moved.wait_ready()
-            new_file(moved, "/data/vdb/three", 4)
         done = backup(product)
         assert reasons(done) == {"vda": "increment", "vdb": "increment"}
         assert "the VM has moved from host hv1 to hv2" in done["result"]["notes"]
         assert product.ask("vm", "show", "0")["host"] == "hv2"
+        if moves.endswith("live"):
+            moved.stop()  # QEMU writes the bitmaps into the images
         assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
+        same_as_restored(netlab, product, moved.disks)
     finally:
         moved.destroy()
 
 
 def move(guest: Guest, machine: Machine) -> Guest:
     """The guest, which is off, on another machine; images that it cannot see are copied there."""
-    old, new = str(guest.directory), str(guest.directory)
-    if not (machine.root / old.lstrip("/")).exists():
-        new = tempfile.mkdtemp(prefix="g", dir=machine.own)
+    old, new = _places(guest, machine)
+    if new != old:
         for disk in guest.disks:
             shutil.copy(disk.path, new)
     xml = guest.domain.XMLDesc(0).replace(old, new)
     guest.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
     machine.libvirtd.connection.defineXML(xml)
+    return _adopted(guest, machine, new)
+
+
+def migrate(guest: Guest, machine: Machine, *, mib_per_s: int = 0) -> Guest:
+    """The running guest on another machine; libvirt copies images that it cannot see, too."""
+    old, new = _places(guest, machine)
+    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_PERSIST_DEST
+    flags |= libvirt.VIR_MIGRATE_UNDEFINE_SOURCE | libvirt.VIR_MIGRATE_UNSAFE
+    xml = guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE).replace(old, new)
+    parameters: dict[str, object] = {"destination_xml": xml, "persistent_xml": xml}
+    if mib_per_s:
+        parameters["bandwidth"] = mib_per_s
+    if new != old:
+        flags |= libvirt.VIR_MIGRATE_NON_SHARED_DISK
+        for target, disk in guest.writable_disks().items():
+            size = guest.domain.blockInfo(target)[0]
+            argv = ["qemu-img", "create", "-q", "-f", "qcow2", Path(new) / disk.path.name, str(size)]
+            subprocess.run(argv, check=True, timeout=60)
+    assert machine.libvirtd.connection.isAlive()
+    guest.domain.migrateToURI3(f"qemu+ssh://root@{machine.name}/system", parameters, flags)
+    return _adopted(guest, machine, new)
+
+
+def _places(guest: Guest, machine: Machine) -> tuple[str, str]:
+    """The guest's directory, and the one that it is to have on the machine: the same if it is seen there."""
+    old = str(guest.directory)
+    if (machine.root / old.lstrip("/")).exists():
+        return old, old
+    return old, tempfile.mkdtemp(prefix="g", dir=machine.own)
+
+
+def _adopted(guest: Guest, machine: Machine, directory: str) -> Guest:
     moved = Guest.adopt(machine.libvirtd, guest.name)
-    moved.serial = Path(new) / guest.serial.name if guest.serial else None
+    moved.serial = Path(directory) / guest.serial.name if guest.serial else None
+    moved.disks = [replace(disk, path=Path(directory) / disk.path.name) for disk in guest.disks]
     return moved
+
+
+@pytest.mark.fault("change tracking", "backup asked for while the VM is being migrated")
+def test_a_backup_waits_for_a_migration(
+    netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
+) -> None:
+    """Neither is the guest frozen while libvirt is busy with it, nor the chain given up."""
+    hv1, hv2 = netlab["hv1"], netlab["hv2"]
+    guest = guest_on(hv1, shared=netlab.directory)
+    known(product, guest, hv1)
+    add_host(product, hv2, tm="shared")
+    backup(product, "-d", "nightly")
+    with ThreadPoolExecutor(1) as pool:
+        migration = pool.submit(migrate, guest, hv2, mib_per_s=4)
+        wait_for("the migration", lambda: guest.domain.jobStats().get("type"), 60)
+        operation = product.ask("vm", "backup", "0", "--no-wait")["id"]
+        wait_for("the backup to wait", lambda: "is being migrated" in notes(product, operation), 60)
+        assert guest.agent("guest-fsfreeze-status") == "thawed"
+        guest.domain.migrateSetMaxSpeed(1000)
+        moved = migration.result(120)
+    try:
+        done = ended(product, operation)
+        assert done["state"] == "DONE", done["error"]
+        assert reasons(done) == {"vda": "increment", "vdb": "increment"}
+        assert "the VM has moved from host hv1 to hv2" in done["result"]["notes"]
+    finally:
+        moved.destroy()
+
+
+@pytest.mark.whole_matrix  # libvirt takes half a minute to say no
+@pytest.mark.fault("change tracking", "VM to be migrated while its backup runs")
+def test_a_migration_is_refused_while_a_backup_runs(
+    netlab: Netlab, product: Product, guest_on: Callable[..., Guest]
+) -> None:
+    hv1, hv2 = netlab["hv1"], netlab["hv2"]
+    guest = guest_on(hv1, shared=netlab.directory)
+    known(product, guest, hv1)
+    add_host(product, hv2, tm="shared")
+    new_file(guest, "/data/vdb/one", 40)
+    hv1.rate("4mbit")
+    operation = start_backup(product, "-d", "nightly")
+    with pytest.raises(libvirt.libvirtError, match="cannot acquire state change lock"):
+        migrate(guest, hv2)
+    netlab.calm()
+    done = ended(product, operation)
+    assert done["state"] == "DONE", done["error"]
+    moved = migrate(guest, hv2)
+    try:
+        assert reasons(backup(product)) == {"vda": "increment", "vdb": "increment"}
+    finally:
+        moved.destroy()
+
+
+def notes(product: Product, operation: str) -> str:
+    return str(product.ask("operation", "show", operation))
