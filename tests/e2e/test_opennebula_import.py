@@ -1,16 +1,18 @@
-"""An rsync store of OpenNebula's becomes a datastore: imported, restored, checked, and kept as it is."""
+"""Stores of OpenNebula's become datastores: imported, restored, checked, and kept as they are."""
 
 from __future__ import annotations
 
+import base64
 import getpass
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from opennebula_store import IDS, UUID, OpenNebulaStore
+from opennebula_store import IDS, UUID, VM_XML, OpenNebulaStore
 from product import Product
 from sshd import ALIAS, Sshd
-from stores import Store
+from stores import Store, run
 
 
 @pytest.fixture
@@ -65,3 +67,45 @@ def test_a_store_of_opennebulas_is_imported_and_restored(
         assert (target / "vm.xml").read_text().startswith("<VM>")
     product.run("image", "verify", "0")
     assert {path: path.read_bytes() for path in foreign.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_repository_of_a_job_is_imported_and_restored(product: Product, sshd: Sshd, tmp_path: Path) -> None:
+    """Two VMs in one repository of restic's, which OpenNebula names after the backup job."""
+    base = tmp_path / "100"
+    base.mkdir()
+    password = tmp_path / "password"
+    password.write_text("of the repository")
+    restic = ("restic", "--no-cache", "--repo", base / "job_12", "--password-file", password)
+    run(*restic, "init")
+    truths = {}
+    for vm_id in (7, 8):
+        root = tmp_path / f"of-{vm_id}"
+        root.mkdir()
+        foreign = OpenNebulaStore(Store(root / "var/lib/one/datastores/0", root, Path(), vm_id=vm_id), root)
+        foreign.add("backup", 0)
+        folder = foreign.folder / "backup"
+        (folder / "vm.xml").write_bytes(
+            base64.encodebytes(VM_XML.replace("0b7d", f"000{vm_id}").replace("web", f"web{vm_id}").encode())
+        )
+        said = run(*restic, "backup", "--force", "--json", "--tag", f"one-{vm_id}", *sorted(folder.iterdir()))
+        short = json.loads(said.splitlines()[-1])["snapshot_id"][:8]
+        truths[f"web{vm_id} <1>"] = (short, f"{folder}/disk.0.0", foreign.expected[0])
+
+    product.run(
+        "datastore", "create", "jobs", "--driver", "restic", "--accept-host-key", sshd.fingerprint,
+        f"BASE_PATH={base}", f"RESTIC_SFTP_SERVER={ALIAS}", f"RESTIC_SFTP_USER={getpass.getuser()}",
+        f"RESTIC_PASSWORD=@{password}",
+    )  # fmt: skip
+    imported = product.ask("datastore", "import", "jobs")["result"]
+    assert (imported["backups"], imported["images"], imported["vms"]) == (2, 2, 2)
+    assert imported["unreadable"] == []
+    names = {vm["id"]: vm["name"] for vm in product.ask("vm", "list")}
+    images = product.ask("image", "list")
+    assert sorted(names[image["vm_id"]] for image in images) == sorted(truths)
+    for image in images:
+        short, path, truth = truths[names[image["vm_id"]]]
+        target = tmp_path / f"restored-{image['id']}"
+        product.run("download", f"{image['id']}:0", str(target))
+        assert (target / "disk.0.raw").read_bytes() == truth
+        product.run("download", f"restic://{image['datastore_id']}/12/0:{short}{path}", f"{target}.raw")
+        assert Path(f"{target}.raw").read_bytes() == truth

@@ -71,6 +71,7 @@ def test_a_connection_that_is_cut_is_continued(
         backed_up(store, disk)
     assert (store.path(ID) / "disk.0.0").stat().st_ino == seen[0].st_ino
     assert any("the next attempt is in 1 s" in line for line in store.logged)
+    assert any("answers again" in line and line.endswith("going on") for line in store.logged)
     assert restored(store) == disk.copy_raw(tmp_path / "raw").read_bytes()
     assert store.failures() == {ID: {}}
 
