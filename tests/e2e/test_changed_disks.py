@@ -17,8 +17,9 @@ import pytest
 from backed_up_vm import BackedUpVm, command
 from lab import Guest, LabDisk, wait_for
 
-from oned_backup.errors import Busy
+from oned_backup.errors import Busy, OnedBackupError
 from oned_backup.hypervisor.backup_job import JobDisk, job_xml
+from oned_backup.model.backup_config import BackupConfig, Mode
 from oned_backup.model.names import checkpoint_name
 
 pytestmark = pytest.mark.guest
@@ -223,4 +224,15 @@ def test_odd_names_and_paths(
     vm.guest.start()
     write(vm, "write -P 9 3M 64k")
     record_property("observed", f"{off} while off, {reasons(vm)} while it runs")
+    vm.assert_survived()
+
+
+@pytest.mark.fault("odd inputs", "no disk that can be backed up")
+def test_no_disk_is_left(vm: BackedUpVm, record_property: Observed) -> None:
+    vm.config = BackupConfig(mode=Mode.INCREMENT, disk_ids=(7,))
+    with pytest.raises(OnedBackupError, match="no disk can be backed up: .*vda") as refused:
+        vm.backup()
+    record_property("observed", f"{type(refused.value).__name__}: {refused.value}")
+    vm.assert_nothing_left("op-000000000001")
+    vm.config = BackupConfig(mode=Mode.INCREMENT)
     vm.assert_survived()
