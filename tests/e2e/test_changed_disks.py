@@ -230,7 +230,7 @@ def test_odd_names_and_paths(
 @pytest.mark.fault("odd inputs", "no disk that can be backed up")
 def test_no_disk_is_left(vm: BackedUpVm, record_property: Observed) -> None:
     vm.config = BackupConfig(mode=Mode.INCREMENT, disk_ids=(7,))
-    with pytest.raises(OnedBackupError, match="no disk can be backed up: .*vda") as refused:
+    with pytest.raises(OnedBackupError, match=r"no disk can be backed up: .*vda") as refused:
         vm.backup()
     record_property("observed", f"{type(refused.value).__name__}: {refused.value}")
     vm.assert_nothing_left("op-000000000001")
