@@ -296,6 +296,7 @@ def test_a_full_server_is_no_space_and_is_cleaned(
         large = big(tmp_path, store)
         with large.served() as socket, pytest.raises(NoSpace, match="MB free"):
             replace(store, chain=[]).backup(OTHER_ID, exports_of(export(large, socket)))
+        assert any(line.startswith("restic tries again: ") for line in store.logged)
         store.cancel(OTHER_ID)
         assert size_of(store) < before + MIB // 4
         assert not list(store.base.rglob("*-restic-temp-*"))
