@@ -201,6 +201,12 @@ class LiveSite(DaemonSite):
         for key in sorted(self.known) if restore_all else [max(self.known)]:
             assert self.digest(*key) == self.known[key], f"{key} is another one"
 
+    def freezing(self) -> list[int]:
+        """The drivers that are at the beginning of a backup."""
+        return [
+            pid for pid in self.drivers() if b"pre_backup_live" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+
     def processes(self) -> list[str]:
         """Everything of ours that has to do with this guest: servers, watchmen, guardians."""
         ours = ("qemu-nbd", "oned_backup.transfer", "oned_backup.hypervisor")

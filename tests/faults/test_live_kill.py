@@ -6,6 +6,9 @@ are in `test_kill_matrix`. By default the rows run that say most, with `--whole-
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import product
@@ -15,10 +18,13 @@ import pytest
 from lab import Libvirtd, wait_for
 
 from oned_backup.errors import DaemonUnreachable
+from oned_backup.hypervisor.guardian import on_guard
 from tests.faults.live import LiveSite, live_site
 
 pytestmark = pytest.mark.guest
 
+#: `freeze_timeout_s`, and what the guardian allows beyond it
+FREEZE_LIMIT_S = 15
 HOW = {"driver": "kill", "daemon": "kill-parent", "both": "kill-both"}
 STORE = (
     "fs.backup.begun",
@@ -44,7 +50,8 @@ OFF = (
     "qcow2.pre_backup.bitmaps.acted",
     "qcow2.pre_backup.serve.acted",
     "qcow2.pre_backup.acted",
-    *STORE,
+    "fs.backup.disk.chunk",
+    "fs.backup.rename.acted",
     "qcow2.post_backup.begun",
     "qcow2.post_backup.files.removed",
     "qcow2.post_backup.acted",
@@ -113,8 +120,9 @@ def killed(site: LiveSite, kind: str, point: str, victim: str) -> None:
     assert point in log.read_text().split()
     assert not once.exists()
     assert site.product.is_running == (victim == "driver")
-    if point.endswith("freeze.frozen"):  # whoever is left
-        wait_for("thaw, without the daemon", lambda: not site.is_frozen(), 10)
+    if ".freeze." in point:  # whoever is left
+        wait_for("the guest to go on, without the daemon", lambda: not site.guest.is_paused(), 30)
+        wait_for("thaw, without the daemon", lambda: not site.is_frozen(), 30)
     if not site.product.is_running:
         site.start()
     site.wait_recovered()
@@ -123,5 +131,171 @@ def killed(site: LiveSite, kind: str, point: str, victim: str) -> None:
     assert site.backup_and_compare() == "INCREMENT"
 
 
+@pytest.mark.parametrize("victim", ["driver", "both"])
+def test_killed_while_the_guest_is_suspended(site: LiveSite, victim: str) -> None:
+    site.set(FS_FREEZE="SUSPEND")
+    killed(site, "INCREMENT", "qcow2.pre_backup_live.freeze.suspended", victim)
+
+
+def test_the_guardian_acts_unless_it_is_told_in_time(site: LiveSite) -> None:
+    guest = site.guest
+    with on_guard(guest.uri, guest.uuid, limit_s=600) as goes_on:
+        guest.agent("guest-fsfreeze-freeze")
+        goes_on()
+    wait_for("end of the guardian", lambda: not site.processes(), 30)
+    assert site.is_frozen()
+    with on_guard(guest.uri, guest.uuid, limit_s=600):
+        assert site.is_frozen()
+    wait_for("thaw after the end without a word", lambda: not site.is_frozen(), 30)
+    with on_guard(guest.uri, guest.uuid, limit_s=1) as goes_on:
+        guest.agent("guest-fsfreeze-freeze")
+        wait_for("thaw after the limit", lambda: not site.is_frozen(), 30)
+        goes_on()
+    wait_for("end of the guardian", lambda: not site.processes(), 30)
+
+
+@pytest.mark.whole_matrix
+def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
+    site.set(FS_FREEZE="AGENT")
+    site.write()
+    gate = site.directory / "gate"
+    site.arm(f"qcow2.pre_backup_live.freeze.frozen=wait:{gate}")
+    operation_id = site.submit("vms/0/backup")
+    wait_for("frozen guest", gate.exists)
+    assert site.is_frozen()
+    (driver,) = site.freezing()
+    os.kill(driver, signal.SIGSTOP)
+    try:
+        wait_for("thaw by the guardian", lambda: not site.is_frozen(), FREEZE_LIMIT_S + 15)
+        gate.unlink()
+    finally:
+        os.kill(driver, signal.SIGCONT)
+    site.arm()
+    assert site.ended(operation_id)["state"] == "DONE"
+    site.learn()
+    site.assert_sound()
+    assert site.backup_and_compare() == "INCREMENT"
+
+
+def test_libvirtd_is_killed_in_the_middle(site: LiveSite) -> None:
+    """The job lives in QEMU and goes on; libvirtd, when it is back, does not know it any more."""
+    site.set(FS_FREEZE="AGENT")
+    site.write()
+    gate = site.directory / "gate"
+    site.arm(f"fs.backup.disk.chunk=wait:{gate}")
+    operation_id = site.submit("vms/0/backup")
+    wait_for("transfer", gate.exists)
+    site.arm()
+    site.libvirtd.kill()
+    site.libvirtd.resume()
+    gate.unlink()
+    assert site.ended(operation_id)["state"] == "DONE"
+    site.learn()
+    site.assert_sound()
+    assert site.backup_and_compare() == "INCREMENT"
+
+
+def test_a_job_and_bitmaps_of_others_are_not_touched(site: LiveSite) -> None:
+    socket, scratch = site.directory / "theirs.sock", site.disks / "theirs.scratch"
+    domain = site.libvirtd.connection.lookupByName("web")
+    domain.checkpointCreateXML("<domaincheckpoint><name>theirs</name></domaincheckpoint>", 0)
+    before = site.bitmaps()
+    assert all("theirs" in names for names in before.values())
+    killed(site, "INCREMENT", "qcow2.pre_backup_live.job.acted", "both")
+    assert all("theirs" in names for names in site.bitmaps().values())
+    assert "theirs" in site.checkpoints()
+
+    site.set(FS_FREEZE="AGENT")
+    gate = site.directory / "gate"
+    site.arm(f"qcow2.pre_backup_live.job.begun=wait:{gate}")
+    operation_id = site.submit("vms/0/backup")
+    wait_for("begin of the job", gate.exists)
+    domain.backupBegin(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{scratch}'/></disk>"
+        "<disk name='vdb' backup='no'/></disks></domainbackup>",
+        None,
+        0,
+    )
+    site.product.kill()
+    site.arm()
+    site.start()
+    site.wait_recovered()
+    assert site.ended(operation_id)["state"] == "FAILED"
+    assert str(socket) in domain.backupGetXMLDesc(0)
+    assert not site.is_frozen()
+    assert site.ended(site.submit("vms/0/backup"))["state"] == "FAILED"
+    assert str(socket) in domain.backupGetXMLDesc(0)
+    domain.abortJob()
+    wait_for("end of their job", lambda: not site.guest.has_backup_job())
+    domain.checkpointLookupByName("theirs").delete(0)
+    site.assert_sound()
+    assert site.backup_and_compare() == "INCREMENT"
+
+
 def test_every_restore_point_is_still_what_it_was(site: LiveSite) -> None:
     site.assert_sound(restore_all=True)
+
+
+@pytest.fixture
+def off(site: LiveSite) -> LiveSite:
+    """The guest off, with a chain that goes on from when it ran."""
+    if site.guest.is_active():
+        site.guest.stop()
+        assert site.backup_and_compare() == "INCREMENT"
+    return site
+
+
+@pytest.mark.parametrize(("kind", "point", "victim"), rows(OFF, DEFAULT_OFF))
+def test_killed_while_the_guest_is_off(off: LiveSite, kind: str, point: str, victim: str) -> None:
+    killed(off, kind, point, victim)
+
+
+@pytest.mark.parametrize("victim", ["driver", "both"])
+@pytest.mark.parametrize("point", ["kvm.define.begun", "kvm.define.tpm.acted", "kvm.define.acted"])
+def test_killed_around_the_definition_of_a_restored_domain(off: LiveSite, point: str, victim: str) -> None:
+    site, target = off, off.directory / "restored"
+    body = {"to": str(target), "define_host_id": 0}
+    site.arm(f"{point}={HOW[victim]}")
+    with suppress(DaemonUnreachable):
+        site.submit(f"images/{site.newest_image()}/restore", body)
+    wait_for("end of it, or of the daemon", lambda: site.is_idle() or not site.product.is_running, 60)
+    site.arm()
+    if not site.product.is_running:
+        site.start()
+    site.wait_recovered()
+    (newest, *_) = site.operations("restore")
+    assert newest["state"] == "FAILED"
+    defined = [
+        domain.name() for domain in site.libvirtd.connection.listAllDomains() if domain.name() != "web"
+    ]
+    assert defined == (["web-restored-1"] if point == "kvm.define.acted" else [])
+    if defined:
+        assert sorted(path.name for path in target.iterdir()) == [
+            "disk.0.qcow2",
+            "disk.1.qcow2",
+            "domain.xml",
+        ]
+        site.libvirtd.connection.lookupByName("web-restored-1").undefine()
+        shutil.rmtree(target)
+    assert not target.exists()
+    site.assert_sound(running=False)
+
+
+def test_a_foreign_domain_of_that_name_is_not_taken_for_ours(off: LiveSite) -> None:
+    site, target, gate = off, off.directory / "restored", off.directory / "gate"
+    site.arm(f"kvm.define.begun=wait:{gate}")
+    site.submit(f"images/{site.newest_image()}/restore", {"to": str(target), "define_host_id": 0})
+    wait_for("definition", gate.exists)
+    theirs = site.libvirtd.connection.defineXML(
+        "<domain type='qemu'><name>web-restored-1</name><memory>1024</memory>"
+        "<os><type>hvm</type></os></domain>"
+    )
+    site.product.kill()
+    site.arm()
+    site.start()
+    site.wait_recovered()
+    assert site.libvirtd.connection.lookupByName("web-restored-1").UUID() == theirs.UUID()
+    theirs.undefine()
+    assert not target.exists()
+    site.assert_sound(running=False)
