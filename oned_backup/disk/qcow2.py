@@ -95,11 +95,13 @@ def parse_header(data: bytes, file_bytes: int, what: str, *, foreign: bool = Fal
         raise Unsupported(f"{what}: names a backing file, which a stored image must not")
     if encryption:
         raise Unsupported(f"{what}: encrypted with method {encryption}")
+    if not _V2_HEADER_BYTES <= length <= min(file_bytes, _MAX_HEADER_BYTES):
+        raise DataCorrupt(f"{what}: header of {length} bytes in a file of {file_bytes} bytes")
     compression = data[HEADER.size] if incompatible & COMPRESSION_BIT and length > HEADER.size else DEFLATE
     _refuse_features(incompatible, compression, what)
     if not 9 <= cluster_bits <= 21:
         raise DataCorrupt(f"{what}: clusters of 2^{cluster_bits} bytes")
-    if not _V2_HEADER_BYTES <= length <= min(1 << cluster_bits, _MAX_HEADER_BYTES):
+    if length > 1 << cluster_bits:
         raise DataCorrupt(f"{what}: header of {length} bytes")
     cluster = 1 << cluster_bits
     needed = -(-size // (cluster * (cluster // 8)))

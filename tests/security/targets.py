@@ -259,8 +259,8 @@ def _images() -> list[bytes]:
             argv = ["qemu-img", "create", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, str(image), "1M"]
             subprocess.run(argv, check=True, capture_output=True, cwd=folder)
             found.append(image.read_bytes())
-        (folder / "raw").unlink()
-    return found
+    # Fits a header and not the byte behind it that the header announces.
+    return [*found, *(image[:104] for image in found[2:3])]
 
 
 def _block_files() -> list[bytes]:
