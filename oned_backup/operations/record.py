@@ -14,11 +14,12 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, next_increment
 from oned_backup.model.manifest import Manifest, parse_manifest
+from oned_backup.model.pruning import with_to_remove
 from oned_backup.model.vm import Vm, with_backup, with_config
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.context import Context
 from oned_backup.operations.stored import recorded
-from oned_backup.store import Backup, BackupState, Store, Transaction
+from oned_backup.store import Backup, BackupState, StepState, Store, Transaction
 
 
 def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
@@ -83,7 +84,9 @@ def _add_image(
 ) -> int:
     stored = tx.get("datastore", plan.datastore_id)
     datastore = Datastore(stored.element)
-    taken = {entry.element.findtext("NAME", "") for entry in tx.find("image", vm_id=vm.id)}
+    others = [Image(entry.element) for entry in tx.find("image", vm_id=vm.id)]
+    is_first = all(image.datastore_id != datastore.id for image in others)
+    taken = {image.element.findtext("NAME", "") for image in others}
     first: Increment | None = None
     if plan.checkpoint:
         first = next_increment((), date=plan.date, size_mb=size_mb, source=plan.backup_id)
@@ -106,7 +109,29 @@ def _add_image(
     )
     image_id = Image(element).id
     tx.update("datastore", datastore.id, stored.version, datastores.with_image(datastore, image_id).element)
+    if is_first and (left := _left_behind(tx, plan)):
+        tx.change("image", image_id, lambda old: with_to_remove(Image(old), left).element)
     return image_id
+
+
+def _left_behind(tx: Transaction, plan: BackupPlan) -> list[str]:
+    """Backups that failed before there was an image to note them in, and that could not be discarded."""
+    left = []
+    for operation in tx.journal.list(kind="backup", vm_id=plan.vm_id):
+        steps = tx.journal.steps(operation.id)
+        stored = {
+            step.data.get("attempt")
+            for step in steps
+            if step.name == "STORE" and step.state is not StepState.UNDONE
+        }
+        plans = [
+            BackupPlan(**step.result["plan"])
+            for step in steps
+            if step.name == "PLAN" and step.data.get("attempt") in stored and "plan" in step.result
+        ]
+        left += [other.backup_id for other in plans if other.datastore_id == plan.datastore_id]
+    known = {plan.backup_id, *(row.backup_id for row in tx.backups(vm_id=plan.vm_id))}
+    return [backup_id for backup_id in left if backup_id not in known]
 
 
 def parent_exports(store: Store, vm_id: int, backup_id: str) -> Exports | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from oned_backup.contract.request import Outcome, Request
-from oned_backup.errors import Unavailable
+from oned_backup.errors import DriverFailed, Unavailable
 from oned_backup.model.pruning import to_remove
 from oned_backup.operations import recovery
 from oned_backup.operations.context import Context
@@ -167,6 +167,16 @@ def test_a_driver_that_cannot_be_ended_holds_up_nothing(
     # the kernel may give the backup its name yet
     assert to_remove(world.services.image(0)) == (backup_id,)
     assert world.run("backup", vm_id=0).result["increment_id"] == 1
+
+
+def test_what_a_first_backup_may_leave_is_noted_by_the_next(world: World) -> None:
+    world.drivers.script["backup"] = [DriverFailed("killed")]
+    world.drivers.script["backup_cancel"] = [DriverFailed("the store is gone")] * 3
+    failed = world.run("backup", vm_id=0)
+    assert failed.state is OperationState.FAILED
+    lost = world.services.store.journal.steps(failed.id)[0].result["plan"]["backup_id"]
+    assert world.run("backup", vm_id=0).state is OperationState.DONE
+    assert to_remove(world.services.image(0)) == (lost,)
 
 
 def test_a_lock_that_nobody_holds_is_no_driver(tmp_path: Path) -> None:
