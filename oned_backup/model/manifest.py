@@ -201,9 +201,9 @@ def _parent(of: Mapping[str, Any]) -> str:
     return checked_name(parent, "parent") if parent else ""
 
 
-def _count(value: object) -> int:
+def _count(value: Any) -> int:
     """A number or size, which is not negative."""
-    found = int(value)  # type: ignore[call-overload]
+    found = int(value)
     if not 0 <= found < 1 << 63:
         raise ValueError(f"{found} is out of range")
     return found
