@@ -12,6 +12,9 @@ import pytest
 from lab import wait_for
 from sshd import Sshd
 
+from oned_backup import xmldoc
+from oned_backup.contract.actions import Kind
+from oned_backup.contract.request import Outcome, Request
 from oned_backup.contract.targets import NewDisk
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
@@ -19,6 +22,7 @@ from oned_backup.disk.target import NbdExport, parse_target
 from oned_backup.errors import Conflict, InvalidInput, NoSpace, NotFound, PermissionDenied
 from oned_backup.hypervisor.host import LocalHost
 from oned_backup.hypervisor.ssh_host import SshHost
+from oned_backup.model.host import new_host
 from oned_backup.transfer import guard, restoring
 from oned_backup.transfer.restoring import Restoring, clean, place, prepare
 
@@ -142,3 +146,24 @@ def test_places_that_cannot_be(task: Restoring, tmp_path: Path) -> None:
             prepare(replace(task, host=host, directory=Path("/proc/x")), [], {"a": b""}, "raw")
         with pytest.raises(NotFound, match="nothing of operation"):
             place(replace(task, host=host), ["a"])
+
+
+@pytest.mark.parametrize(("outcome", "stays"), [(Outcome.FAILURE, False), (Outcome.SUCCESS, True)])
+def test_the_state_of_a_tpm_whose_domain_was_not_defined_goes(
+    tmp_path: Path, outcome: Outcome, *, stays: bool
+) -> None:
+    host = new_host(0, name="here", uri="qemu:///system").element
+    xmldoc.put(host.find("TEMPLATE"), "SWTPM_DIR", str(tmp_path / "swtpm"))  # type: ignore[arg-type]
+    (tmp_path / "swtpm" / "uuid-1" / "tpm2").mkdir(parents=True)
+    (tmp_path / "swtpm" / "uuid-2").mkdir()
+    options = {
+        "DIRECTORY": str(tmp_path / "restored"),
+        "SOCKET_DIR": str(tmp_path / "nbd"),
+        "INSTALLATION": "0badcafe",
+        "DOMAIN_UUID": "uuid-1",
+    }
+    request = Request(Kind.TM, "op-0123456789ab", "restore", outcome=outcome, host=host, options=options)
+    for _ in range(2):
+        restoring.post_restore(request)
+    assert (tmp_path / "swtpm" / "uuid-1").exists() == stays
+    assert (tmp_path / "swtpm" / "uuid-2").exists()
