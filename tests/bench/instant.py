@@ -10,6 +10,9 @@ from pathlib import Path
 
 from tests.bench.product import ROOT
 
+#: a file in the store: the VM's id for each call of `backup`
+CALLS = "calls"
+
 _DOMAIN = (
     '<domain type="dummy"><name>vm-$ODB_OPT_DOMAIN</name><uuid>$ODB_OPT_DOMAIN</uuid><memory>1048576</memory>'
     '<vcpu>1</vcpu><devices><disk type="file" device="disk"><driver type="raw"/>'
@@ -37,4 +40,6 @@ def instant_drivers(directory: Path) -> Path:
         manifest.write_text(manifest.read_text().replace(', "ahead"', ""))
     for place, answer in _ANSWERS.items():
         (directory / place).write_text(f"#!/bin/sh\ncat <<END\n{answer}\nEND\n")
+    with (directory / "datastore/fs/backup").open("a") as backup:
+        backup.write(f'echo "$ODB_VM_ID" >> "$ODB_DS_BASE_PATH/{CALLS}"\n')
     return directory

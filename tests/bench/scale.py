@@ -16,66 +16,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lab import wait_for
-from product import Product
 
-from oned_backup.cli.client import Client
-from oned_backup.errors import OnedBackupError
-from oned_backup.hypervisor.dummy import DummyHost
 from tests.bench.instant import instant_drivers
 from tests.bench.product import ROOT
 from tests.bench.table import Row, publish
+from tests.faults.many import ManyVms
 
-_DISK_BYTES = 256 * 1024
-_FINAL = {"DONE", "FAILED", "CANCELLED"}
 _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
-
-
-class Site:
-    """A daemon with a dummy host of many VMs and one fs datastore."""
-
-    def __init__(
-        self, directory: Path, vms: int, *, driver_dirs: Sequence[Path] = (), workers: int = 8
-    ) -> None:
-        self.product = Product(directory, driver_dirs=driver_dirs)
-        self.product.settings(workers=workers, workers_per_host=workers)
-        self.hypervisor = DummyHost(f"dummy://{directory}/host")
-        for number in range(vms):
-            self.hypervisor.create(f"vm-{number:05}", {"vda": _DISK_BYTES})
-        self.store = directory / "store"
-        self.store.mkdir()
-        self.product.start()
-        self.client = Client(self.product.run_dir / "api/daemon.sock")
-        host = {"name": "sim", "uri": f"dummy://{self.hypervisor.root}", "vmm": "dummy", "tm": "dummy"}
-        self.client.post("hosts", host)
-        values = {"BASE_PATH": str(self.store)}
-        self.client.post("datastores", {"name": "nightly", "driver": "fs", "values": values})
-
-    def import_all(self) -> float:
-        """Seconds that importing all VMs takes."""
-        return timed(lambda: self.product.run("vm", "import", "sim", "--all"))
-
-    def queue(self, vms: Sequence[int]) -> list[str]:
-        """A backup of each of these VMs, queued; the operations' ids."""
-        return [str(self.client.post(f"vms/{vm}/backup", {})["id"]) for vm in vms]
-
-    def open_operations(self) -> int:
-        """How many operations are not over; -1 if no daemon answers."""
-        try:
-            status = self.client.get("status")
-        except OnedBackupError:
-            return -1
-        return int(status["queued"] + status["running"]) if status["recovered"] else -1
-
-    def ends(self, ids: Sequence[str]) -> Counter[str]:
-        """How these operations ended."""
-        return Counter(str(self.client.get(f"operations/{one}")["state"]) for one in ids)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -85,7 +38,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def lists(site: Site, vms: int, when: str) -> list[Row]:
+def lists(site: ManyVms, vms: int, when: str) -> list[Row]:
     """What a command takes until its last line is out."""
     rows = []
     for words in (("vm", "list"), ("image", "list"), ("operation", "list"), ("vm", "show", str(vms // 2))):
@@ -95,7 +48,7 @@ def lists(site: Site, vms: int, when: str) -> list[Row]:
     return rows
 
 
-def dispatched(site: Site, backups: int, name: str) -> list[Row]:
+def dispatched(site: ManyVms, backups: int, name: str) -> list[Row]:
     """How many backups a second, of as many VMs, and the CPU time that each takes."""
     daemon = site.product.pid
     before, began = cpu(daemon), time.monotonic()
@@ -115,9 +68,9 @@ def dispatched(site: Site, backups: int, name: str) -> list[Row]:
     ]
 
 
-def interrupted(site: Site, queued: int) -> list[Row]:
+def interrupted(site: ManyVms, first: int, queued: int) -> list[Row]:
     """A full queue whose daemon is killed: how long its successor takes to recover; all end, none twice."""
-    ids = site.queue(range(queued))
+    ids = site.queue(range(first, first + queued))
     wait_for("the middle of the queue", lambda: 0 <= site.open_operations() < queued - 20, 600)
     site.product.kill()
     began = time.monotonic()
@@ -125,10 +78,8 @@ def interrupted(site: Site, queued: int) -> list[Row]:
     wait_for("recovery", lambda: bool(site.client.get("status")["recovered"]), 60)
     recovered_s = time.monotonic() - began
     wait_for("end of the queue", lambda: site.open_operations() == 0, 1800)
-    ends = site.ends(ids)
-    if sum(ends[state] for state in _FINAL) != queued:
-        raise RuntimeError(f"not all have ended: {ends}")
-    print(f"{queued} queued, killed in the middle: {dict(ends)}", flush=True)
+    site.assert_each_once(ids)
+    print(f"{queued} queued, killed in the middle: {dict(site.ends(ids))}", flush=True)
     return [Row(f"recovery, {queued} queued", round(recovered_s, 2), bar=30)]
 
 
@@ -147,11 +98,11 @@ def main() -> int:
     parser.add_argument("--queued", type=int, default=1000)
     wanted = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="odb-", dir="/tmp"))
-    sites: list[Site] = []
+    sites: list[ManyVms] = []
 
-    def site(name: str, vms: int, **options: Any) -> Site:
+    def site(name: str, vms: int, **options: Any) -> ManyVms:
         (directory / name).mkdir()
-        sites.append(Site(directory / name, vms, **options))
+        sites.append(ManyVms(directory / name, vms, **options))
         return sites[-1]
 
     try:
@@ -160,11 +111,11 @@ def main() -> int:
         rows = dispatched(instant, wanted.backups, "drivers that answer at once")
         instant.product.stop()
         dummy = site("dummy", wanted.vms)
-        rows.append(Row(f"import of {wanted.vms} VMs", round(dummy.import_all(), 1)))
+        rows.append(Row(f"import of {wanted.vms} VMs", round(timed(dummy.import_all), 1)))
         rows += lists(dummy, wanted.vms, "without backups")
         rows += dispatched(dummy, wanted.backups, "dummy drivers")
         rows += lists(dummy, wanted.vms, "with backups")
-        rows += interrupted(dummy, wanted.queued)
+        rows += interrupted(dummy, wanted.backups, wanted.queued)
     finally:
         for made in sites:
             made.product.stop()
