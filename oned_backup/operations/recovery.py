@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from oned_backup.errors import OnedBackupError, Unavailable
@@ -55,7 +56,13 @@ def _recover_one(services: Services, operation: Operation, budget_until: float) 
 def _bring_to_end(services: Services, operation: Operation, budget_until: float) -> None:
     kind = KINDS[operation.kind]
     run_dir = services.settings.run_dir
-    context = Context(services, operation, recovering=True, budget_until=budget_until)
+    context = Context(
+        services,
+        operation,
+        recovering=True,
+        budget_until=budget_until,
+        log=partial(_log, operation),
+    )
     if not end_old_drivers(run_dir, operation.id, grace_s=_GRACE_S):
         # Killed, it does nothing more but what the kernel does for it at the moment.
         context.note("a driver of the old daemon hangs in the kernel: it ends when that lets it go")
@@ -77,6 +84,12 @@ def _bring_to_end(services: Services, operation: Operation, budget_until: float)
     asked = OperationState.CANCELLED if operation.cancel_requested else OperationState.FAILED
     finish(kind, context, asked, cause)
     queue_again(services, operation)
+
+
+def _log(operation: Operation, level: int, line: str) -> None:
+    """What is worth a warning (syslog's 4); recovery is short, the rest is noise."""
+    if level <= 4:
+        logger.warning("%s: %s", operation.id, line)
 
 
 def queue_again(services: Services, operation: Operation) -> None:
