@@ -95,9 +95,14 @@ def writing_to(context: Context, target: DiskTarget) -> Iterator[None]:
 
 def remove_all(context: Context) -> None:
     """Undo of PREPARE, and of all that came after it: nothing that was made is left."""
-    of_domain = {"DOMAIN_UUID": context.facts["uuid"]} if "uuid" in context.facts else {}
     try:
-        _call_tm(context, context.caller, "post_restore", Outcome.FAILURE, **of_domain)
+        _call_tm(
+            context,
+            context.caller,
+            "post_restore",
+            Outcome.FAILURE,
+            DOMAIN_UUID=context.facts.get("uuid", ""),
+        )
     except Unavailable as error:
         left = f".oned-backup-{context.operation.id}"
         raise Unavailable(
