@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound
@@ -40,6 +42,12 @@ class Versioned:
 _THIS = (documents.c.kind == sa.bindparam("of_kind")) & (documents.c.id == sa.bindparam("this"))
 _GET = sa.select(documents.c.xml, documents.c.version).where(_THIS)
 _CHANGE = documents.update().where(_THIS)
+_NEW = documents.insert()
+_NEXT_ID = (
+    sqlite.insert(sequences)
+    .on_conflict_do_update(index_elements=["kind"], set_={"next_id": sequences.c.next_id + 1})
+    .returning(sequences.c.next_id)
+)
 _DOUBLE_DOMAIN = sa.select(documents.c.id).where(
     # in the words of the partial index, so that it is used
     sa.text("kind = 'vm' AND uuid <> ''"),
@@ -68,7 +76,7 @@ class Documents:
             element = build(document_id)
             row = {"kind": kind, "id": document_id, "version": 1, **_columns(kind, document_id, element)}
             _refuse_double(connection, row)
-            connection.execute(documents.insert().values(row))
+            connection.execute(_NEW, row)
         return element
 
     def get(self, kind: str, document_id: int) -> Versioned:
@@ -82,29 +90,26 @@ class Documents:
 
         The columns: name, uuid, state, host_id, vm_id, datastore_id.
         """
-        query = sa.select(documents.c.id, documents.c.xml, documents.c.version)
         return [
             Versioned(xmldoc.parse(row.xml, what=kind), row.version)
-            for row in self._select(query, kind, columns)
+            for row in self._select(("id", "xml", "version"), kind, columns)
         ]
 
     def rows(self, kind: str, **columns: str | int) -> list[dict[str, Any]]:
         """What lists show of the documents that `find` would give: see `model.rows`."""
-        found = self._select(sa.select(documents.c.id, documents.c.row), kind, columns)
-        return [json.loads(row.row) for row in found]
+        return [json.loads(row.row) for row in self._select(("id", "row"), kind, columns)]
 
     def _select(
-        self, query: sa.Select[Any], kind: str, columns: Mapping[str, str | int]
+        self, wanted: tuple[str, ...], kind: str, columns: Mapping[str, str | int]
     ) -> list[sa.Row[Any]]:
         _check(kind)
-        query = query.where(documents.c.kind == kind)
-        for name, value in columns.items():
-            if name not in _SEARCHABLE:
-                raise InvalidInput(f"{kind}: cannot search by {name}", hint=f"Use {', '.join(_SEARCHABLE)}.")
-            query = query.where(documents.c[name] == value)
+        for name in columns.keys() - set(_SEARCHABLE):
+            raise InvalidInput(f"{kind}: cannot search by {name}", hint=f"Use {', '.join(_SEARCHABLE)}.")
+        values = {"of_kind": kind, **{f"of_{name}": value for name, value in columns.items()}}
         with self._session.read() as connection:
+            found = connection.execute(_search(wanted, tuple(columns)), values)
             # Sorted here: asked to, SQLite would walk the primary key instead of the column's index.
-            return sorted(connection.execute(query), key=lambda row: row.id)
+            return sorted(found, key=lambda row: row.id)
 
     def update(self, kind: str, document_id: int, version: int, element: xmldoc.Element) -> Versioned:
         """Replace the document that was read as `version`; `Conflict` if it has changed since."""
@@ -149,6 +154,13 @@ class Documents:
                 _refuse_stale(connection, kind, document_id, version)
 
 
+@cache
+def _search(wanted: tuple[str, ...], columns: tuple[str, ...]) -> sa.Select[Any]:
+    query = sa.select(*(documents.c[name] for name in wanted))
+    query = query.where(documents.c.kind == sa.bindparam("of_kind"))
+    return query.where(*(documents.c[name] == sa.bindparam(f"of_{name}") for name in columns))
+
+
 def _check(kind: str) -> None:
     if kind not in FIRST_IDS:
         raise InvalidInput(f"there are no documents of kind '{kind}'")
@@ -162,13 +174,8 @@ def _get(connection: sa.Connection, kind: str, document_id: int) -> Versioned:
 
 
 def _next_id(connection: sa.Connection, kind: str) -> int:
-    query = sa.select(sequences.c.next_id).where(sequences.c.kind == kind)
-    found = connection.execute(query).scalar_one_or_none()
-    if found is None:
-        connection.execute(sequences.insert().values(kind=kind, next_id=FIRST_IDS[kind] + 1))
-        return FIRST_IDS[kind]
-    connection.execute(sequences.update().where(sequences.c.kind == kind).values(next_id=found + 1))
-    return int(found)
+    next_id = connection.execute(_NEXT_ID, {"kind": kind, "next_id": FIRST_IDS[kind] + 1}).scalar_one()
+    return int(next_id) - 1
 
 
 def _columns(kind: str, document_id: int, element: xmldoc.Element) -> dict[str, Any]:

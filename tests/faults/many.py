@@ -1,4 +1,4 @@
-"""A daemon with a dummy host of many VMs, each with one small disk, and one fs datastore."""
+"""A daemon with dummy hosts of many VMs, each with one small disk, and one fs datastore."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from oned_backup.hypervisor.dummy import DummyHost
 from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT
 
 _DISK_BYTES = 256 * 1024
+_VMS_OF_HOST = 500
 
 
 class ManyVms:
-    """The VMs are `vm-00000` and so on; `workers` operations run at a time, all on the one host."""
+    """The VMs are `vm-00000` and so on; `workers` operations run at a time, on any host."""
 
     def __init__(
         self, directory: Path, vms: int, *, driver_dirs: Sequence[Path] = (), workers: int = 8
@@ -25,22 +26,24 @@ class ManyVms:
         self.workers = workers
         self.product = Product(directory, driver_dirs=driver_dirs)
         self.product.settings(workers=workers, workers_per_host=workers)
-        self.hypervisor = DummyHost(f"dummy://{directory}/host")
+        self.hosts = [DummyHost(f"dummy://{directory}/host-{first}") for first in range(0, vms, _VMS_OF_HOST)]
         for number in range(vms):
-            self.hypervisor.create(f"vm-{number:05}", {"vda": _DISK_BYTES})
+            self.hosts[number // _VMS_OF_HOST].create(f"vm-{number:05}", {"vda": _DISK_BYTES})
         self.store = directory / "store"
         self.store.mkdir()
         (self.store / MARKER).write_bytes(MARKER_TEXT)
         self.product.start()
         self.client = Client(self.product.run_dir / "api/daemon.sock")
-        host = {"name": "sim", "uri": f"dummy://{self.hypervisor.root}", "vmm": "dummy", "tm": "dummy"}
-        self.client.post("hosts", host)
+        for host in self.hosts:
+            uri = f"dummy://{host.root}"
+            self.client.post("hosts", {"name": host.root.name, "uri": uri, "vmm": "dummy", "tm": "dummy"})
         values = {"BASE_PATH": str(self.store)}
         self.client.post("datastores", {"name": "nightly", "driver": "fs", "values": values})
 
     def import_all(self) -> None:
-        """Import all VMs, with one command."""
-        self.product.run("vm", "import", "sim", "--all")
+        """Import all VMs, with one command a host."""
+        for host in self.hosts:
+            self.product.run("vm", "import", host.root.name, "--all")
 
     def queue(self, vms: Sequence[int]) -> list[str]:
         """A backup of each of these VMs, queued; the operations' ids."""
