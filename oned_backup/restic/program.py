@@ -15,6 +15,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ _LOCK_PAUSE_S = 2.0
 _MOUNT_S = 120.0
 _SIGN_OF_LIFE_S = 30.0
 _LOOK_S = 1.0
+_TRIES_AGAIN = b"retrying after"
 _LOST = (b"connection lost", b"ssh command exited")
 
 #: the first that is found counts: what is wrong with us or the way there comes before damage
@@ -146,6 +148,40 @@ class Started:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class Retries:
+    """Tells `say` when restic has begun to try something again: it does so for long, and in silence."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._seen = 0
+
+    def look(self, started: Started) -> None:
+        """Read what it has printed since the last time."""
+        lines = [line for line in started.so_far().stderr.splitlines() if _TRIES_AGAIN in line]
+        if len(lines) > self._seen:
+            self._seen = len(lines)
+            self._say(f"restic tries again: {lines[-1].decode('utf-8', 'replace').strip()[:400]}")
+
+    @contextlib.contextmanager
+    def watch(self, started: Started) -> Iterator[None]:
+        """Look again and again during the block; what has lost its connection is ended."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(_LOOK_S):
+                self.look(started)
+                started.stop_if_lost()
+
+        watcher = threading.Thread(target=look, name="restic-retries", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+            self.look(started)
 
 
 class Repository:
@@ -298,12 +334,6 @@ def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = [line for line in lines if line.startswith("Fatal:")]
     return (fatal or lines or [""])[-1].removeprefix("Fatal: ")[:400]
-
-
-def last_line(said: bytes, word: bytes) -> str:
-    """The last line with this word, as far as it is fit for a log."""
-    lines = [line for line in said.splitlines() if word in line]
-    return lines[-1].decode("utf-8", "replace").strip()[:400] if lines else ""
 
 
 def _lock(text: str) -> str:

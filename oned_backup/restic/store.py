@@ -29,7 +29,7 @@ from oned_backup.errors import (
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.restic import program
 from oned_backup.restic.place import place_of
-from oned_backup.restic.program import Repository, Started
+from oned_backup.restic.program import Repository, Retries, Started
 from oned_backup.restic.settings import Settings, repository, settings_of
 from oned_backup.restic.view import TAG, StoredBackups, vms_of_job
 from oned_backup.sdk import Call
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 _HOST = "oned-backup"
 #: less than this on a server that reports "Failure": it is full
 _FULL_KB = 64 * 1024
-_TRIES_AGAIN = b"retrying after"
 _LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 30.0
 
@@ -109,7 +108,7 @@ class Store:
         flags = ["--no-cache"] if self.call.action == "verify" else []
         directory = Path(tempfile.mkdtemp(prefix="repository-", dir=".")).absolute()
         try:
-            with repo.mounted(directory, *flags) as started:
+            with repo.mounted(directory, *flags) as started, Retries(self.call.warn).watch(started):
                 said = started.so_far().stderr.decode("utf-8", "replace")
                 unreadable = said.count("could not load snapshot") + said.count("Ignoring ")
                 path = Path(str(self.settings.base / name))
@@ -230,7 +229,7 @@ class Store:
 
         It is ended if it cannot succeed any more: restic itself tries for a quarter of an hour.
         """
-        asked, looked, retries = held.asked, 0, 0
+        asked, looked, retries = held.asked, 0, Retries(self.call.warn)
         with selectors.DefaultSelector() as selector:
             selector.register(storing, selectors.EVENT_READ)
             if asked is not None:
@@ -244,11 +243,8 @@ class Store:
                     asked = None
                     held.let_go.set()
                 storing.stop_if_lost()
-                said = storing.so_far().stderr
-                if (again := said.count(_TRIES_AGAIN)) > retries and not storing.ended:
-                    retries = again
-                    self.call.warn(f"restic tries again: {program.last_line(said, _TRIES_AGAIN)}")
-                failures = said.count(b"Failure")
+                retries.look(storing)
+                failures = storing.so_far().stderr.count(b"Failure")
                 if failures > looked and not storing.ended:
                     looked = failures
                     if self.place.free_kb() <= _FULL_KB:

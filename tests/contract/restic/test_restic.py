@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab import wait_for
 from opennebula_store import OpenNebulaStore
 from sshd import Sshd
-from stores import Chain, Disk, Store, export, exports_of, run
+from stores import Chain, Disk, Store, export, exports_of, meanwhile, run
 
 from oned_backup.contract.request import Backup
 from oned_backup.errors import (
@@ -280,6 +281,28 @@ def test_a_server_that_goes_away_in_mid_backup_is_unavailable(
         sshd.start()
     store.cancel(OTHER_ID)
     assert len(store.catalogue().manifests) == 1
+
+
+def test_a_server_that_goes_away_while_it_is_read_is_unavailable(
+    make: Callable[..., Store], tmp_path: Path, sshd: Sshd
+) -> None:
+    store = make()
+    large = big(tmp_path, store)
+    with large.served() as socket:
+        store.backup(ID, exports_of(export(large, socket)))
+    store.parameters = {**store.parameters, "RESTIC_BWLIMIT": "2048"}
+    store.progress.clear()
+
+    def stop_in_the_middle() -> None:
+        wait_for("some progress", lambda: any(0 < done < total for done, total in store.progress), 60)
+        sshd.stop()
+
+    try:
+        with meanwhile(stop_in_the_middle), pytest.raises(Unavailable, match=r"lab-host|sftp"):
+            store.download(store.url(), tmp_path / "restored")
+    finally:
+        sshd.start()
+    assert any(line.startswith("restic tries again: ") for line in store.logged)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
