@@ -6,10 +6,10 @@ JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench kit torture fuzz faults format clean
+.PHONY: help setup demo test check bench bench-scale soak kit torture fuzz faults format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what the project needs: Debian packages (as root) and .venv/
 	@share/setup.sh lab
@@ -33,6 +33,12 @@ bench: ## the benchmark table (QUICK=1: a smaller one in two minutes)
 
 kit: setup ## the whole conformance kit on every kind of store, more than an hour (WHERE="rsync restic-s3")
 	@PYTHONPATH=share/lab $(PYTHON) tests/contract/whole_kit.py $(WHERE)
+
+bench-scale: setup ## lists, imports and dispatch with 10,000 VMs on the dummy hypervisor (VMS=… BACKUPS=… QUEUED=…)
+	@PYTHONPATH=share/lab $(PYTHON) -m tests.bench.scale $(if $(VMS),--vms $(VMS)) $(if $(BACKUPS),--backups $(BACKUPS)) $(if $(QUEUED),--queued $(QUEUED))
+
+soak: setup ## back up, merge, delete and restore for long, and see that the daemon does not grow (CYCLES=1000 SEED=…)
+	@PYTHONPATH=share/lab $(PYTHON) -m tests.faults.soak $(if $(CYCLES),--cycles $(CYCLES)) $(if $(SEED),--seed $(SEED))
 
 torture: setup ## kill daemon and drivers at random moments (MINUTES=10 SEED=…)
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.faults.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
