@@ -68,7 +68,7 @@ def print_failures(operations: list[dict[str, Any]]) -> None:
     for number, operation in enumerate(operations):
         if number:
             output.say("")
-        of = "" if operation["vm_id"] is None else f" of VM {operation['vm_id']}"
+        of = "" if operation["vm_id"] is None else f" of VM {operation['vm_id']} ({operation['vm_name']})"
         output.say(f"{output.when(operation['ended_at'])}  {operation['kind']}{of} failed  {operation['id']}")
         output.print_fields([(f"  {name}", text) for name, text in failure_fields(operation)])
 

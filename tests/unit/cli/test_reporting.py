@@ -21,7 +21,7 @@ def test_failed_backups_are_listed_with_cause_undoing_and_next_action(stack: Sta
     assert row["failure"]["next"]
     assert stack.ok("operation", "list", "--failed", "--vm", "db", "--json").json == []
     listed = stack.ok("operation", "list", "--failed", "--vm", "web", "--kind", "backup").out
-    assert "backup of VM 1 failed" in listed
+    assert "backup of VM 1 (web) failed" in listed
     for name in ("cause", "code", "undone", "next"):
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE), listed
     shown = stack.ok("operation", "show", row["id"]).out
@@ -42,7 +42,7 @@ def test_failed_backups_are_listed_with_cause_undoing_and_next_action(stack: Sta
     assert "(a later one succeeded)" in stack.ok("vm", "show", "web").out
 
 
-def test_metrics_tell_of_every_vm(stack: Stack) -> None:
+def test_metrics_tell_of_every_vm_and_a_broken_point_proves_nothing(stack: Stack) -> None:
     stack.ok("vm", "backup", "web")
     stack.ok("image", "verify", "0")
     text = stack.ok("metrics").out
@@ -55,11 +55,6 @@ def test_metrics_tell_of_every_vm(stack: Stack) -> None:
     assert values['oned_backup_vm_backup_seconds_count{vm_id="1"}'] == "1.0"
     assert float(values['oned_backup_vm_backup_bytes_sum{vm_id="1"}']) > 0
     assert values['oned_backup_datastore_enabled{datastore_id="100",name="store"}'] == "1.0"
-
-
-def test_a_broken_point_proves_nothing(stack: Stack) -> None:
-    stack.ok("vm", "backup", "web")
-    stack.ok("image", "verify", "0")
     (stored,) = stack.store.glob("*/2*/disk.0.0")
     stored.write_bytes(stored.read_bytes()[:-1])
     assert stack("image", "verify", "0").code == 65
@@ -67,6 +62,7 @@ def test_a_broken_point_proves_nothing(stack: Stack) -> None:
     assert vm["last_backup"] is None
     assert vm["last_verified_at"] is None
     assert "never" in stack.ok("vm", "show", "web").out
+    assert 'oned_backup_vm_broken_points{vm_id="1"} 1.0' in stack.ok("metrics").out
 
 
 def test_a_driver_that_waits_says_why_in_the_progress() -> None:
