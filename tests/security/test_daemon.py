@@ -76,6 +76,7 @@ def site() -> Iterator[Site]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.mark.fault("security", "nonsense on the API's socket")
 def test_no_bytes_bring_the_daemon_down(site: Site) -> None:
     chance = random.Random(11)
     words = [b"GET", b"POST", b" /v1/", b"vms", b"images/0/restore", b" HTTP/1.1\r\n", b"Content-Length: "]
@@ -104,6 +105,7 @@ def test_no_bytes_bring_the_daemon_down(site: Site) -> None:
     assert site.client.get("status")["running"] == 0
 
 
+@pytest.mark.fault("security", "nonsense on the API's socket")
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -139,6 +141,7 @@ def test_every_wrong_body_is_the_callers_error(site: Site, method: str, path: st
     assert site.client.get("status")["recovered"] is True
 
 
+@pytest.mark.fault("security", "files and sockets open to others")
 def test_files_and_sockets_are_the_daemons_own(site: Site) -> None:
     open_to_others = []
     for root in (site.product.state_dir, site.product.run_dir):
@@ -157,6 +160,7 @@ def test_files_and_sockets_are_the_daemons_own(site: Site) -> None:
     assert stat.S_IMODE((site.product.state_dir / "secret.key").stat().st_mode) == 0o600
 
 
+@pytest.mark.fault("security", "secrets in arguments, environment, log, journal, output")
 def test_a_secret_appears_nowhere(site: Site) -> None:
     values = {"BASE_PATH": str(site.store), "KEY": SECRET}
     site.client.post("datastores", {"name": "vault", "driver": "vault", "values": values})

@@ -99,6 +99,7 @@ def mutate(root: xmldoc.Element, mutations: list[tuple[str, int, str]]) -> xmldo
     return root
 
 
+@pytest.mark.fault("security", "nonsense where documents, URLs, manifests or answers are due")
 @pytest.mark.parametrize("name", DOCUMENTS)
 @settings(max_examples=150, deadline=None)
 @given(mutations=MUTATIONS)

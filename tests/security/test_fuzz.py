@@ -60,6 +60,9 @@ def changed(seed: bytes, changes: list[tuple[str, float, int | bytes]]) -> bytes
     return bytes(data)
 
 
+@pytest.mark.fault("security", "nonsense where documents, URLs, manifests or answers are due")
+@pytest.mark.fault("security", "nonsense on the API's socket")
+@pytest.mark.fault("security", "images made to harm: tables, sizes, backing and data files")
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_that_is_read_from_outside_is_a_fault(name: str) -> None:
     target = TARGETS[name]

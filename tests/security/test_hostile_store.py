@@ -309,6 +309,8 @@ ATTACKS: list[Callable[[Site], None]] = [
 BY_SSH = {link_the_vm, link_what_is_unfinished, pipes}
 
 
+@pytest.mark.fault("security", "links, devices and FIFOs in a store")
+@pytest.mark.fault("security", "names and numbers of a manifest that lead out")
 @pytest.mark.parametrize(
     ("driver", "attack"),
     [
@@ -327,6 +329,7 @@ def test_a_prepared_store_harms_nothing(site: Site, attack: Callable[[Site], Non
     use_everything(site)
 
 
+@pytest.mark.fault("security", "names and numbers of a manifest that lead out")
 @pytest.mark.parametrize("driver", ["fs"])
 @pytest.mark.parametrize("attack", [absolute_names, deep_json, pipes, devices])
 def test_good_backups_beside_a_prepared_one_are_still_found(

@@ -53,6 +53,7 @@ def qemu_img(*arguments: str | Path) -> None:
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
 
 
+@pytest.mark.fault("security", "images made to harm: tables, sizes, backing and data files")
 @pytest.mark.parametrize("options", ["", "compression_type=zstd", "compression_type=zlib"])
 @pytest.mark.fault("data", "damaged image of somebody else")
 def test_damaged_images_are_read_or_refused(tmp_path: Path, options: str) -> None:

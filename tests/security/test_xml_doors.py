@@ -63,6 +63,7 @@ def test_nothing_else_parses_xml() -> None:
     assert users == {"oned_backup/xmldoc.py", "oned_backup/model/views.py"}
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 def test_the_domain_of_a_hypervisor(world: World, attack: Callable[[str], str]) -> None:
     """What `dump_xml` answers, when a VM is imported and when it is backed up."""
     world.drivers.answers["dump_xml"] = lambda _request: {"DOMAIN": attack("domain"), "STATE": "RUNNING"}
@@ -76,6 +77,7 @@ def test_the_domain_of_a_hypervisor(world: World, attack: Callable[[str], str]) 
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 def test_libvirts_own_answer(attack: Callable[[str], str]) -> None:
     class Handle:
         def XMLDesc(self, _flags: int = 0) -> str:  # noqa: N802 - libvirt's name
@@ -92,6 +94,7 @@ def test_libvirts_own_answer(attack: Callable[[str], str]) -> None:
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 @pytest.mark.parametrize("key", ["EXPORTS", "PLAN", "CATALOGUE", "REPORT"])
 def test_the_answers_of_drivers(world: World, attack: Callable[[str], str], key: str) -> None:
     world.run("backup", vm_id=0)
@@ -111,6 +114,7 @@ def test_the_answers_of_drivers(world: World, attack: Callable[[str], str], key:
     assert SECRET not in ended.error
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 def test_the_documents_in_a_store(world: World, attack: Callable[[str], str], tmp_path: Path) -> None:
     """`domain.xml` and `vm.xml` of a backup whose checksums are right."""
     world.run("backup", vm_id=0)
@@ -125,6 +129,7 @@ def test_the_documents_in_a_store(world: World, attack: Callable[[str], str], tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 def test_a_store_of_opennebulas(attack: Callable[[str], str], tmp_path: Path) -> None:
     """Its `vm.xml` is read when the catalogue is; one that is an attack hides no other backup."""
     root = tmp_path / "root"
@@ -138,6 +143,7 @@ def test_a_store_of_opennebulas(attack: Callable[[str], str], tmp_path: Path) ->
     assert SECRET not in str(found)
 
 
+@pytest.mark.fault("security", "XML bomb or external entity from a hypervisor, a store or a driver")
 @pytest.mark.parametrize("driver", ["datastore/fs", "tm/qcow2", "vmm/kvm"])
 def test_the_input_of_a_driver(attack: Callable[[str], str], tmp_path: Path, driver: str) -> None:
     action = {"datastore/fs": "ls", "tm/qcow2": "pre_backup", "vmm/kvm": "dump_xml"}[driver]

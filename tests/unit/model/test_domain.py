@@ -210,6 +210,7 @@ def test_only_qemu_s_domains(text):
         rebuild(xmldoc.parse(text), {})
 
 
+@pytest.mark.fault("security", "domain XML that reaches into the host")
 @pytest.mark.parametrize(
     ("device", "told"),
     [
@@ -262,6 +263,7 @@ def test_a_device_that_reaches_into_the_host_does_not_come_through(device, told)
     assert ">/" not in text.replace("</", "")
 
 
+@pytest.mark.fault("security", "domain XML that reaches into the host")
 def test_the_command_line_of_qemu_is_never_passed_on():
     hostile = xmldoc.parse(
         f"<domain type='kvm' xmlns:qemu='{QEMU}'><qemu:commandline><qemu:arg value='-drive'/>"
@@ -349,6 +351,7 @@ _FREE_TEXTS = {
 }
 
 
+@pytest.mark.fault("security", "domain XML that reaches into the host")
 @settings(max_examples=80, deadline=None)
 @given(st.lists(_elements, max_size=8), st.lists(_elements, max_size=8))
 def test_no_hostile_document_names_a_file_of_the_host(top, devices):
