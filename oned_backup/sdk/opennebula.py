@@ -12,7 +12,8 @@ There are no checksums: such a backup can be restored, and its images are checke
 sound qcow2 files, but nothing proves their content. Nothing in it is trusted:
 whether a file is full or an increment is taken from its header (where the name of the backing file
 is not even read), which backup continues which from the numbers in the names and, where several
-have the same number, from the time of the files; vm.xml only gives names, and only valid ones.
+have the same number, from the time of the files; vm.xml only gives names, and only valid ones. A
+backup that we have merged from such ones has a manifest, and is continued like the last of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.exports import BackupType, Reason
-from oned_backup.errors import DataCorrupt, InvalidInput, Unsupported
+from oned_backup.errors import DataCorrupt, InvalidInput, NotFound, Unsupported
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest, parse_manifest
 from oned_backup.sdk.publish import Folder
@@ -41,6 +42,7 @@ VM_XML = "vm.xml"
 _ID = re.compile(r"(?:(job_\d{1,9})\.)?[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)
 _DISK = re.compile(r"disk\.(\d{1,9})\.(\d{1,9})")
 _MAX_VM_XML_BYTES = 16 << 20
+_MAX_MANIFEST_BYTES = 64 << 20
 _HEADER_BYTES = 64 << 10
 _MAX_NAME = 128
 
@@ -69,14 +71,22 @@ def is_image(name: str) -> bool:
 def made_up_manifests(folder: Folder) -> dict[str, Manifest | DataCorrupt]:
     """The manifests of all backups of OpenNebula's in a VM's folder; for a damaged one, what is wrong."""
     found: dict[str, _Found | DataCorrupt] = {}
+    merged: list[Manifest] = []
+    unclear = ""
     for name in folder.names():
-        if may_be_foreign(name):
-            try:
-                with folder.folder(name) as stored:
-                    if not stored.has(MANIFEST):
-                        found[name] = _look(name, stored)
-            except DataCorrupt as error:
+        if name.startswith("."):
+            continue
+        try:
+            with folder.folder(name) as stored:
+                if may_be_foreign(name) and not stored.has(MANIFEST):
+                    found[name] = _look(name, stored)
+                elif is_made_up(manifest := _read_manifest(stored)):
+                    merged.append(manifest)
+        except DataCorrupt as error:
+            if may_be_foreign(name):
                 found[name] = error
+            else:
+                unclear = name
     manifests: dict[str, Manifest | DataCorrupt] = {
         name: error for name, error in found.items() if isinstance(error, DataCorrupt)
     }
@@ -84,7 +94,9 @@ def made_up_manifests(folder: Folder) -> dict[str, Manifest | DataCorrupt]:
     sound = [one for one in found.values() if isinstance(one, _Found)]
     for one in sorted(sound, key=lambda one: (one.number, one.date_ns)):
         try:
-            manifests[one.id] = _manifest(vm_id, one, _continued(one, sound, manifests))
+            if one.continues and unclear:  # it might be what this one continues
+                raise DataCorrupt(f"backup {one.id}: what it continues is not known: {unclear} is damaged")
+            manifests[one.id] = _manifest(vm_id, one, _continued(one, sound, manifests, merged))
         except DataCorrupt as error:
             manifests[one.id] = error
     return manifests
@@ -168,20 +180,43 @@ def _identity(stored: Folder) -> tuple[str, str]:
         return "", ""
 
 
+def _read_manifest(stored: Folder) -> Manifest:
+    try:
+        return parse_manifest(
+            stored.read_file(MANIFEST, _MAX_MANIFEST_BYTES), what=str(stored.path / MANIFEST)
+        )
+    except NotFound as error:
+        raise DataCorrupt(error.message) from error
+
+
 def _continued(
-    one: _Found, sound: list[_Found], manifests: Mapping[str, Manifest | DataCorrupt]
+    one: _Found,
+    sound: list[_Found],
+    manifests: Mapping[str, Manifest | DataCorrupt],
+    merged: list[Manifest],
 ) -> Manifest | None:
-    """The backup that an increment continues: the last one before it that has the number before its own."""
+    """The backup that an increment continues: the last one before it that has the number before its own.
+
+    Of one that was merged and the merged one, it is the former while it is there.
+    """
     if not one.continues:
         return None
-    before = [other for other in sound if other.number == one.number - 1]
+    number = one.number - 1
+    before = [(other.date_ns, other.id, manifests.get(other.id)) for other in sound if other.number == number]
+    before += [
+        (other.date * 10**9, "", other)
+        for other in merged
+        if other.increment_id == number and not {entry[1] for entry in before} & set(other.stands_for)
+    ]
     if len(before) > 1:
-        before = sorted((b for b in before if b.date_ns < one.date_ns), key=lambda b: b.date_ns)[-1:]
+        before = sorted((entry for entry in before if entry[0] < one.date_ns), key=lambda entry: entry[0])[
+            -1:
+        ]
     if not before:
-        raise DataCorrupt(f"backup {one.id}: increment {one.number - 1}, which it continues, is not stored")
-    parent = manifests.get(before[0].id)
+        raise DataCorrupt(f"backup {one.id}: increment {number}, which it continues, is not stored")
+    _, parent_id, parent = before[0]
     if not isinstance(parent, Manifest):
-        raise DataCorrupt(f"backup {one.id}: continues {before[0].id}, which is damaged")
+        raise DataCorrupt(f"backup {one.id}: continues {parent_id}, which is damaged")
     return parent
 
 

@@ -11,6 +11,7 @@ import pytest
 from opennebula_store import IDS, UUID, VM_XML, OpenNebulaStore
 from stores import Store, run
 
+from oned_backup.contract.request import Backup
 from oned_backup.errors import DataCorrupt
 from oned_backup.model.manifest import Manifest, parse_manifest
 
@@ -78,6 +79,44 @@ def test_a_flattened_chain_begins_with_its_number(foreign: OpenNebulaStore) -> N
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", foreign_full, merged)
     found = manifests(foreign.store)
     assert (found[IDS[1]].type, found[IDS[1]].chain_id, found[IDS[2]].parent_id) == ("FULL", IDS[1], IDS[1])
+
+
+MERGED = "20260101-000000-aaaaaa"
+
+
+def merge(store: Store, *ids: str) -> None:
+    """As the daemon does it, until what was merged is gone."""
+    place = Backup(id=MERGED, chain_id=IDS[0], increment_id=len(ids) - 1, date=1)
+    store.call("increment_flatten", {"MERGE_IDS": ",".join(ids)}, backup=place)
+    store.chain[:] = [MERGED, *store.chain[len(ids) :]]
+    assert store.url().startswith(f"fs://100/-/1:{MERGED},2:{IDS[2]}/")
+    store.call("rm", {"BACKUP_IDS": ",".join(ids)})
+
+
+def test_what_follows_merged_backups_continues_the_merged_one(foreign: OpenNebulaStore) -> None:
+    """Though another chain has an increment of the number of those that are gone."""
+    store = foreign.store
+    expected = foreign.expected[1:3]
+    foreign.add("111111", 0)
+    foreign.add("222222", 1, "write -P 5 2M 64k")
+    for file in (foreign.folder / "222222").iterdir():
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+    del store.chain[3:]
+    merge(store, *IDS[:2])
+    assert [store.download(store.url(number)) for number in (0, 1)] == expected
+    found = manifests(store)
+    assert (found[IDS[2]].parent_id, found[IDS[2]].chain_id) == (MERGED, IDS[0])
+    assert store.failures() == {MERGED: {}, IDS[2]: {}}
+
+
+def test_nothing_is_guessed_beside_a_damaged_backup_of_ours(foreign: OpenNebulaStore) -> None:
+    """It may be the merged one that the increment continues."""
+    store = foreign.store
+    merge(store, *IDS[:2])
+    path = store.path(MERGED) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"FULL", b"FUSS"))
+    with pytest.raises(DataCorrupt, match=f"{MERGED} is damaged"):
+        store.ls(INCREMENT_ID="1")
 
 
 def test_verify_checks_what_can_be_checked(foreign: OpenNebulaStore) -> None:
