@@ -44,7 +44,7 @@ ACTIONS = {
 WITHIN = {
     "fs.backup": ("disk.chunk", "rename.begun", "rename.acted"),
     "fs.rm": ("rename.begun", "rename.acted"),
-    "fs.increment_flatten": ("rename.begun", "rename.acted"),
+    "fs.increment_flatten": ("disk.chunk", "rename.begun", "rename.acted"),
 }
 #: undos run when the step before them failed: a driver that dies is the cause
 UNDOS = {
