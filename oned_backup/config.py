@@ -10,7 +10,7 @@ error, not a silent default. `oned-backup config show` shows all keys.
 
     state_dir   the catalogue and the journal (SQLite), the key, work/ (private to each operation),
                 ssh/ (client configuration, accepted host keys)
-    run_dir     0711: api/ (0700) with daemon.sock, nbd/ (0711) for QEMU's sockets, op-<id>.lock
+    run_dir     0711: api/ (0700) with daemon.sock, nbd/ (0711) for QEMU's sockets, c/ (0700), op-<id>.lock
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ class Settings(BaseSettings):
     def socket(self) -> Path:
         """The daemon's unix socket."""
         return self.run_dir / SOCKET
+
+    @property
+    def ssh_sockets_dir(self) -> Path:
+        """Where shared connections have their sockets; its name is short because theirs are long."""
+        return self.run_dir / "c"
 
     @property
     def nbd_dir(self) -> Path:

@@ -29,7 +29,7 @@ from oned_backup.runner.ahead import Ahead, start_ahead
 from oned_backup.runner.drivers import Driver, find_driver
 from oned_backup.runner.run import Cancellation, Invocation, Limits, run_action
 from oned_backup.ssh.command import CONFIG_VARIABLE
-from oned_backup.ssh.config_file import config_text, write_config
+from oned_backup.ssh.config_file import config_text, write_config, write_shared
 from oned_backup.store import SecretBox, Store
 
 #: (done, total) in bytes
@@ -244,6 +244,7 @@ def make_directories(settings: Settings) -> None:
         (settings.work_dir, 0o700),
         (settings.run_dir, 0o711),
         (settings.api_dir, 0o700),
+        (settings.ssh_sockets_dir, 0o700),
         (settings.nbd_dir, 0o711),
     ):
         try:
@@ -269,6 +270,7 @@ def write_ssh_config(settings: Settings) -> None:
         keepalive_s=ssh.keepalive_s,
     )
     write_config(directory, text)
+    write_shared(directory, settings.ssh_sockets_dir)
 
 
 def resolve(store: Store, kind: str, name_or_id: str) -> int:

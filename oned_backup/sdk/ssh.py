@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from oned_backup.errors import DriverFailed, Misconfigured, OnedBackupError
 from oned_backup.sdk.process import MAX_OUTPUT_BYTES, Completed, run
-from oned_backup.ssh.command import FAILED, config_path, ssh_argv, watched, wrapper_path
+from oned_backup.ssh.command import FAILED, config_path, shared_config_path, ssh_argv, watched, wrapper_path
 from oned_backup.ssh.host_keys import explained
 
 __all__ = ["config_path", "failed", "remote_run", "ssh_argv", "wrapper_path"]
@@ -35,7 +35,7 @@ def remote_run(
     """
     command = watched(remote_argv, timeout_s=timeout_s, stdin_bytes=len(stdin))
     done = run(
-        ssh_argv(target, command),
+        ssh_argv(target, command, config=shared_config_path()),
         stdin=stdin,
         timeout_s=timeout_s,
         check=False,

@@ -2,6 +2,7 @@
 
     <state dir>/ssh/                0700
         config        what `ssh -F` reads; written anew at each start of the daemon
+        shared        the same for commands to stores, which share a connection (ADR 24)
         known_hosts   the keys that somebody accepted, and no others
         ssh           `ssh -F config "$@"`, for programs that take no more than a command's name
 

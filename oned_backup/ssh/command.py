@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oned_backup.errors import InvalidInput, Misconfigured, OnedBackupError, PermissionDenied, Unavailable
+from oned_backup.ssh.config_file import SHARED
 
 #: the variable by which drivers learn of the client configuration
 CONFIG_VARIABLE = "ODB_SSH_CONFIG"
@@ -55,6 +56,13 @@ def config_path() -> Path:
 def wrapper_path() -> Path:
     """The program that is `ssh` with our configuration, for those that take only a program's name."""
     return config_path().with_name("ssh")
+
+
+def shared_config_path() -> Path:
+    """The same for commands that are short, move little, and may share a connection."""
+    config = config_path()
+    shared = config.with_name(SHARED)
+    return shared if shared.is_file() else config
 
 
 def checked_target(target: str) -> str:
@@ -103,7 +111,7 @@ def failure(target: str, stderr: str) -> OnedBackupError:
     `Misconfigured` for host keys, `PermissionDenied` for a refused login, else `Unavailable`.
     """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    words = lines[-1] if lines else "no message"
+    words = lines[-1] if lines else "the connection ended"
     host = host_of(target)
     if "HOST IDENTIFICATION HAS CHANGED" in stderr:
         return changed_key(host, _fingerprint(stderr))

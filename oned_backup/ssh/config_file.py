@@ -9,6 +9,15 @@ from oned_backup.errors import Misconfigured
 
 DIRECTORY = Path("ssh")
 
+#: a configuration for commands, which share a connection (see `write_shared`)
+SHARED = "shared"
+#: so long it is kept for the next command
+SHARED_FOR_S = 30
+
+#: OpenSSH's for the name of a socket while it is made: 40 digits of a hash, a dot, 16 random characters
+_SOCKET_NAME_BYTES = 57
+_SOCKET_PATH_BYTES = 107
+
 #: a dead link is noticed after the interval times this
 KEEPALIVE_COUNT = 3
 
@@ -72,6 +81,24 @@ def write_config(directory: Path, text: str) -> Path:
     replace_file(directory / "ssh", _WRAPPER, mode=0o700)
     replace_file(directory / "config", text, mode=0o600)
     return directory / "config"
+
+
+def write_shared(directory: Path, sockets: Path) -> None:
+    """Write `directory`/shared, by which commands to one account share a connection.
+
+    It has no effect where `sockets`, a private directory, has too long a path for sockets.
+    """
+    if len(os.fsencode(sockets)) + 1 + _SOCKET_NAME_BYTES > _SOCKET_PATH_BYTES:
+        (directory / SHARED).unlink(missing_ok=True)
+        return
+    lines = [
+        "Host *",
+        "    ControlMaster auto",
+        f"    ControlPath {_quoted(sockets / 'NAME').replace('NAME', '%C')}",
+        f"    ControlPersist {SHARED_FOR_S}",
+        f"Include {_quoted(directory / 'config', percent='%')}",
+    ]
+    replace_file(directory / SHARED, _HEAD + "".join(f"{line}\n" for line in lines), mode=0o600)
 
 
 def replace_file(path: Path, text: str, *, mode: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,16 +18,36 @@ from sshd import Sshd
 
 from oned_backup.errors import DriverFailed, InvalidInput, Misconfigured, PermissionDenied, Unavailable
 from oned_backup.sdk.ssh import remote_run, ssh_argv, wrapper_path
+from oned_backup.ssh.command import shared_config_path
+from oned_backup.ssh.config_file import write_shared
 from oned_backup.ssh.host_keys import accept_host_key, seen_fingerprint
 
 EVIL = "$(id) `id` 'x' \"y\" ; & | > < * ? ~ \\ ! # % é\n-n"
 
 
 @pytest.fixture
-def sshd(tmp_path, monkeypatch):
+def sockets():
+    with tempfile.TemporaryDirectory(prefix="odb-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(params=["alone", "shared"])
+def sshd(request, tmp_path, sockets, monkeypatch):
+    """With a connection for each command, and with one for all."""
     with Sshd(tmp_path / "sshd") as server:
         monkeypatch.setenv("ODB_SSH_CONFIG", str(server.config))
+        if request.param == "shared":
+            write_shared(server.config.parent, sockets)
         yield server
+        end_master(server, sockets)
+
+
+def end_master(sshd, sockets):
+    for socket in sockets.iterdir():
+        subprocess.run(["ssh", "-F", sshd.config, "-S", socket, "-O", "exit", sshd.target], check=False)
+
+
+only_shared = pytest.mark.parametrize("sshd", ["shared"], indirect=True)
 
 
 def is_alive(pid_file):
@@ -44,6 +67,41 @@ def test_input_output_and_exit_code(sshd):
         remote_run(sshd.target, ["ls", "/no/such/file"])
     with pytest.raises(Misconfigured, match="no-such-program is not installed on"):
         remote_run(sshd.target, ["no-such-program"])
+
+
+@only_shared
+def test_commands_share_a_connection_and_do_without_it(sshd, sockets):
+    """One that was killed, or is broken, is replaced; the command that it had fails."""
+    remote_run(sshd.target, ["true"])
+    (socket,) = sockets.iterdir()
+    ports = [remote_run(sshd.target, ["sh", "-c", "echo $SSH_CLIENT"]).stdout for _ in range(3)]
+    assert len(set(ports)) == 1
+    argv = ["ssh", "-F", sshd.config, "-S", socket, "-O", "check", sshd.target]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stderr
+    master = int(re.search(r"pid=(\d+)", said)[1])
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(remote_run, sshd.target, ["sleep", "600", str(sshd.port)])
+        wait_for("start of the command", lambda: sleeping(sshd), 20)
+        os.kill(master, signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            running.result(30)
+    wait_for("end of the remote command", lambda: not sleeping(sshd), 20)
+    assert socket.exists()  # of no use any more
+    assert remote_run(sshd.target, ["sh", "-c", "echo $SSH_CLIENT"]).stdout not in ports
+
+
+def sleeping(sshd):
+    """The remote command, which has our marker in its command line."""
+    listed = subprocess.run(["ps", "-ewwo", "args"], check=True, capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if line == f"sleep 600 {sshd.port}"]
+
+
+@only_shared
+def test_a_path_that_is_too_long_is_done_without(sshd, tmp_path):
+    write_shared(sshd.config.parent, tmp_path / ("long" * 20))
+    assert remote_run(sshd.target, ["echo", "in"]).stdout == b"in\n"
+    assert shared_config_path() == sshd.config
 
 
 def test_it_takes_no_longer_than_allowed(sshd, tmp_path):
