@@ -39,6 +39,7 @@ from typing import Any
 from blake3 import blake3
 
 from oned_backup.errors import DataCorrupt, InvalidInput
+from oned_backup.model.document import checked_title
 from oned_backup.model.increments import IncrementType
 from oned_backup.model.names import checked_name
 
@@ -46,6 +47,11 @@ FORMAT = "oned-backup manifest"
 VERSION = 1
 FILE_NAME = "manifest.json"
 _ALWAYS = {"name", "size_bytes", "blake3"}
+
+#: more have no VM, disk or chain
+_MOST_ID = (1 << 31) - 1
+#: the end of the year 9999: no calendar here goes further
+_LAST_DATE = 253_402_300_799
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,20 @@ def parse_manifest(data: bytes | str, *, what: str = FILE_NAME) -> Manifest:
         raise DataCorrupt(f"{what}: not a manifest: {type(error).__name__} {error}") from error
 
 
+def _check_shape(backup: Mapping[str, Any]) -> None:
+    """`TypeError` for what is shown as it is and is not of the form that it should have."""
+    excluded = backup.get("excluded", [])
+    if not isinstance(backup.get("freeze", {}), dict) or not isinstance(excluded, list):
+        raise TypeError("freeze or excluded")
+    if not all(isinstance(entry, dict) for entry in excluded):
+        raise TypeError("excluded")
+
+
 def _typed(backup: Mapping[str, Any]) -> Manifest:
+    _check_shape(backup)
     disks = tuple(
         ManifestDisk(
-            disk_id=_count(disk["disk_id"]),
+            disk_id=_count(disk["disk_id"], _MOST_ID),
             target=str(disk["target"]),
             type=IncrementType(disk["type"]).value,
             reason=str(disk["reason"]),
@@ -181,11 +197,11 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         id=checked_name(backup["id"], "backup id"),
         chain_id=checked_name(backup["chain_id"], "chain id"),
         parent_id=_parent(backup),
-        increment_id=_count(backup["increment_id"]),
+        increment_id=_count(backup["increment_id"], _MOST_ID),
         type=IncrementType(backup["type"]).value,
-        date=int(backup["date"]),
-        vm_id=_count(backup["vm"]["id"]),
-        vm_name=str(backup["vm"]["name"]),
+        date=_count(backup["date"], _LAST_DATE),
+        vm_id=_count(backup["vm"]["id"], _MOST_ID),
+        vm_name=checked_title(str(backup["vm"]["name"])),
         vm_uuid=str(backup["vm"]["uuid"]),
         disks=disks,
         files=files,
@@ -201,10 +217,10 @@ def _parent(of: Mapping[str, Any]) -> str:
     return checked_name(parent, "parent") if parent else ""
 
 
-def _count(value: Any) -> int:
+def _count(value: Any, most: int = (1 << 63) - 1) -> int:
     """A number or size, which is not negative."""
     found = int(value)
-    if not 0 <= found < 1 << 63:
+    if not 0 <= found <= most:
         raise ValueError(f"{found} is out of range")
     return found
 
