@@ -37,6 +37,8 @@ from oned_backup.errors import (
 )
 from oned_backup.model.domain import RestoredDisk, rebuild_domain
 from oned_backup.model.host import Host
+from oned_backup.model.image import Image
+from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import StoredFile
 from oned_backup.model.names import checked_name
 from oned_backup.operations import stored, targets
@@ -52,6 +54,7 @@ _DOMAIN = "domain.xml"
 #: in the operation's own directory
 _PLAN_FILE = "plan.xml"
 _DOMAIN_FILE = "domain-to-define.xml"
+_DAMAGED = "An older increment may be whole (--increment); --salvage fills what is lost with zeros."
 _NVRAM = "nvram.fd"
 _TPM = "tpm.tar"
 
@@ -68,13 +71,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
             f"image {image.id}: cannot restore a VM from a selected disk backup",
             hint="Restore the files without --define, or name the disk with --disk-id.",
         )
-    plan = stored.plan_restore(
-        context.services,
-        context.caller,
-        image,
-        context.arguments.get("increment_id"),
-        context.arguments.get("disk_id"),
-    )
+    plan = _plan_of_store(context, image)
     names = {disk.disk_id: f"disk.{disk.disk_id}.{image_format}" for disk in plan.disks}
     files = [checked_name(name, "file in the backup") for name, _ in plan.files]
     facts: dict[str, Any] = {
@@ -84,6 +81,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
         "backup_id": plan.backup_id,
         "names": {str(disk_id): name for disk_id, name in names.items()},
         "files": files,
+        "left_out": _left_out(context, plan),
     }
     host = targets.host_of(context)
     if host is not None:
@@ -91,6 +89,36 @@ def _plan(context: Context) -> Mapping[str, Any]:
     # Not into the journal: the small files may hold secrets (TPM state, passwords of consoles).
     _keep(context, _PLAN_FILE, xmldoc.serialize(plan.to_xml()))
     return facts | _plan_domain(context, plan, directory, names, image_format)
+
+
+def _plan_of_store(context: Context, image: Image) -> RestorePlan:
+    """What the store's driver says it takes; damage that it meets is entered."""
+    increment_id = context.arguments.get("increment_id")
+    try:
+        return stored.plan_restore(
+            context.services,
+            context.caller,
+            image,
+            increment_id,
+            context.arguments.get("disk_id"),
+            salvage=bool(context.arguments.get("salvage")),
+        )
+    except DataCorrupt as error:
+        newest = chain_to(image.increments, increment_id)[-1].source if image.increments else image.source
+        found_while_reading(context, newest, f"could not be restored: {error.message}")
+        raise DataCorrupt(error.message, hint=_DAMAGED) from error
+
+
+def _left_out(context: Context, plan: RestorePlan) -> list[str]:
+    """The small files that are damaged, and so are not among what is to be salvaged."""
+    if not context.arguments.get("salvage"):
+        return []
+    with suppress(NotFound):
+        manifest = stored.manifest_of(context.services, plan.backup_id)
+        of_disks = tuple(disk.file for disk in manifest.disks)
+        names = [file.name for file in manifest.files if not file.name.startswith(of_disks)]
+        return [name for name in names if plan.file(name) is None]
+    return []
 
 
 def _keep(context: Context, name: str, text: str) -> None:
@@ -206,11 +234,11 @@ def _download(context: Context) -> Mapping[str, Any]:
     finally:
         for disk_id, error in damage.items():
             _enter_damage(context, plan, disk_id, error)
-    salvaged = []
+    salvaged = [f"{name} is damaged and left out" for name in context.facts["left_out"]]
     for disk_id, text in found.items():
         if text:
             _enter_damage(context, plan, disk_id, text)
-            salvaged.append(f"disk {disk_id}: {text}")
+            salvaged.append(f"disk {disk_id}: {text.removeprefix(f'disk {disk_id}: ')}")
     return {"salvaged": salvaged}
 
 
@@ -229,7 +257,7 @@ def _download_disk(context: Context, caller: Caller, disk: StoredDisk, target: D
     except DataCorrupt as error:
         raise DataCorrupt(
             error.message,
-            hint="An older increment may be whole (--increment); --salvage fills what is lost with zeros.",
+            hint=_DAMAGED,
         ) from error
     return ""
 

@@ -73,10 +73,16 @@ def list_disks(services: Services, caller: Caller, image: Image, increment_id: i
 
 
 def plan_restore(
-    services: Services, caller: Caller, image: Image, increment_id: int | None, disk_id: int | None
+    services: Services,
+    caller: Caller,
+    image: Image,
+    increment_id: int | None,
+    disk_id: int | None,
+    *,
+    salvage: bool = False,
 ) -> RestorePlan:
-    """What it takes to restore the VM, or one of its disks."""
-    options = _increment_option(services, image, increment_id)
+    """What it takes to restore the VM, or one of its disks; to `salvage`, without what is damaged."""
+    options = _increment_option(services, image, increment_id) | ({"SALVAGE": "YES"} if salvage else {})
     if disk_id is not None:
         options["DISK_ID"] = str(disk_id)
     root = document(call_image(services, caller, "restore", image, options), "PLAN")

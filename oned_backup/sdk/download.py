@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from oned_backup.disk.chain import Layer
 
 
+#: ranges that a message lists
+_MOST_TOLD = 50
+
+
 def wanted_disk(call: Call, scheme: str) -> DiskUrl:
     """The disk that the option URL names; `InvalidInput` if that is another store's."""
     url = parse_url(call.option("URL"))
@@ -57,10 +61,15 @@ def write_disk(call: Call, url: DiskUrl, layers: Sequence[Layer]) -> Answer:
 
 def _salvaged(call: Call, disk_id: int, ranges: Sequence[tuple[int, int]], *, has_answer: bool) -> Salvaged:
     """The error that lists what had to be zero-filled: on stderr, and where stdout has no data there too."""
-    listed = ",".join(f"{offset}+{length}" for offset, length in ranges)
-    call.warn(f"disk {disk_id}: zero-filled (offset+length): {listed}")
+    listed = [f"{offset}+{length}" for offset, length in ranges]
+    call.warn(f"disk {disk_id}: zero-filled (offset+length): {','.join(listed)}")
     lost = sum(length for _, length in ranges)
-    error = Salvaged(f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero")
+    more = len(listed) - _MOST_TOLD
+    error = Salvaged(
+        f"disk {disk_id}: {lost} bytes in {len(ranges)} ranges could not be proved and are zero"
+        f" (offset+length): {', '.join(listed[:_MOST_TOLD])}"
+        + (f" and {more} more, which the log has" if more > 0 else "")
+    )
     if has_answer:
-        error.answer = {"SALVAGED": listed}
+        error.answer = {"SALVAGED": ",".join(listed)}
     return error

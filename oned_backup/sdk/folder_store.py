@@ -85,7 +85,7 @@ class FolderStore(Driver):
             disks = restore_points.stored_disks(call, self.scheme, load, backup_id)
             manifest = load(backup_id)
             with folder.folder(backup_id) as stored:
-                files = [(file.name, read_checked(stored, file)) for file in small_files(manifest)]
+                files = list(_documents(call, stored, manifest))
         if is_made_up(manifest):
             files = [(name, plain_vm_xml(data) if name == VM_XML else data) for name, data in files]
         plan = RestorePlan(backup_id, manifest.increment_id, disks, tuple(files))
@@ -247,6 +247,17 @@ def one_line(manifest: Manifest) -> str:
 def megabytes(size_bytes: int) -> int:
     """Rounded up."""
     return -(-size_bytes >> 20)
+
+
+def _documents(call: Call, stored: Folder, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+    """The small files of a backup; with SALVAGE without those that are damaged."""
+    for file in small_files(manifest):
+        try:
+            yield file.name, read_checked(stored, file)
+        except DataCorrupt as error:
+            if not salvages(call):
+                raise
+            call.warn(f"{file.name} is left out: {error.message}")
 
 
 def _say_what_is_unproved(call: Call, manifests: Iterable[Manifest]) -> None:
