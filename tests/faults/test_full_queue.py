@@ -34,6 +34,7 @@ def site() -> Iterator[ManyVms]:
         shutil.rmtree(directory)
 
 
+@pytest.mark.fault("daemon", "restart with 1,000 queued operations")
 def test_a_full_queue_outlives_its_daemons(site: ManyVms) -> None:
     ids = site.queue(range(VMS))
     for end, left in ((site.product.kill, VMS - 20), (site.product.stop, VMS - 70)):
