@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from oned_backup.errors import DataCorrupt, NotFound, Salvaged
+from oned_backup.model.manifest import dump_manifest, parse_manifest
 
 IDS = [f"20260101-00000{number}-aaaaaa" for number in range(3)]
 SECRET = b"what the driver's user may read and the store's must not"
@@ -126,6 +127,30 @@ def test_digests_that_fit_a_changed_image_are_not_believed(chain):
         shutil.copy(store.path(IDS[1]) / name.replace("0.2", "0.1"), store.path(IDS[2]) / name)
     assert not restores(store, 2, chain.expected[2])
     assert set(store.failures(PERCENT="100")[IDS[2]]) == {"disk.0.2", "disk.0.2.blocks"}
+
+
+@pytest.mark.fault("data", "flipped bit in a disk")
+def test_a_disk_that_was_stored_without_digests_is_proved_as_a_whole(chain):
+    store = chain.store
+    folder = store.path(IDS[1])
+    raw = parse_manifest((folder / "manifest.json").read_bytes()).raw
+    files = [file for file in raw["files"] if not file["name"].endswith(".blocks")]
+    (folder / "manifest.json").write_bytes(dump_manifest({**raw, "files": files}))
+    (folder / "disk.0.1.blocks").unlink()
+    assert restores(store, 2, chain.expected[2])
+    flip(folder / "disk.0.1", -1)
+    assert not restores(store, 1, chain.expected[1])
+    assert not restores(store, 2, chain.expected[2])
+
+
+@pytest.mark.fault("data", "flipped bit in the manifest")
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(chain):
+    data = (chain.store.path(IDS[1]) / "manifest.json").read_bytes()
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DataCorrupt):
+            parse_manifest(bytes(changed))
 
 
 @pytest.mark.fault("data", "swapped backups")
