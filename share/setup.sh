@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 runtime=(fuse3 libvirt-clients openssh-client python3 python3-libnbd python3-libvirt python3-venv qemu-utils
          restic rsync sshfs)
 lab=(busybox-static cpio dosfstools e2fsprogs git iproute2 jq libnbd-bin
-     libvirt-daemon-driver-qemu libvirt-daemon-system mtools nbdkit nftables
-     openssh-server ovmf procps qemu-guest-agent qemu-system-x86 shellcheck
+     libvirt-daemon-driver-qemu libvirt-daemon-system mtools nbdkit
+     netcat-openbsd nftables openssh-server ovmf procps qemu-guest-agent qemu-system-x86 shellcheck
      swtpm swtpm-tools syslinux syslinux-common)
 bench=(virtnbdbackup)
 

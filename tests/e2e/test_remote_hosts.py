@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +127,31 @@ def same_as_restored(netlab: Netlab, product: Product, disks: Sequence[LabDisk])
         argv = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(restored), str(disk.path)]
         subprocess.run(argv, check=True, capture_output=True, timeout=60)
     shutil.rmtree(target)
+
+
+def test_a_port_and_a_socket_in_the_uri(netlab: Netlab, product: Product) -> None:
+    """All that goes to the host goes there: libvirt, commands, the disk, and what is restored."""
+    hv1 = netlab["hv1"]
+    directory = Path(tempfile.mkdtemp(prefix="g", dir=hv1.own))
+    guest = Guest(hv1.libvirtd, directory, "off", [data_disk(directory, 16)], agent=False)
+    pid_file = hv1.own / "sshd-2222.pid"
+    options = ["-o", "Port=2222", "-o", f"PidFile={pid_file}"]
+    hv1.run(["/usr/sbin/sshd", "-f", hv1.directory / "ssh/sshd_config", *options])
+    os.kill(hv1.outer_pid(int((hv1.directory / "sshd.pid").read_text())), signal.SIGTERM)
+    try:
+        uri = f"qemu+ssh://root@hv1:2222/system?socket={hv1.libvirtd.directory}/run/libvirt-sock"
+        product.run("host", "add", "hv1", "--uri", uri, "--tm", "ssh", "--accept-host-key", hv1.fingerprint)
+        product.run("vm", "import", "hv1", guest.name)
+        assert backup(product, "-d", "nightly")["state"] == "DONE"
+        product.run("image", "restore", "0", "--define", "hv1", "--to", "/srv/again", "--name", "again")
+        assert "/srv/again/disk.0.qcow2" in hv1.libvirtd.connection.lookupByName("again").XMLDesc()
+        nothing_left(netlab)
+    finally:
+        guest.destroy()
+        Guest.adopt(hv1.libvirtd, "again").destroy()
+        hv1.run(["rm", "-rf", "/srv/again"])
+        os.kill(hv1.outer_pid(int(pid_file.read_text())), signal.SIGTERM)
+        shutil.rmtree(directory)
 
 
 def known(product: Product, guest: Guest, machine: Machine, *, freeze: str = "AGENT") -> None:
