@@ -137,7 +137,7 @@ def _import_some(
     services: Services, caller: Caller, host: Host, domains: Sequence[DomainSummary]
 ) -> list[dict[str, Any]]:
     views = look_up_domains(caller, host, [domain.uuid for domain in domains])
-    imported = []
+    imported: list[dict[str, Any]] = []
     with services.store.transaction() as tx:
         for domain in domains:
             if domain.uuid in views:  # else it was undefined since

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -139,7 +138,7 @@ class Backups:
         )
         query = query.where(c.state == BackupState.GOOD).group_by(c.vm_id)
         with self._session.read() as connection:
-            found = connection.execute(_of_vm(query, vm_id)).all()
+            found = connection.execute(query.where(*_of_vm(vm_id))).all()
         return {row[0]: NewestGood(*row[1:]) for row in found}
 
     def _points(self, key: sa.Column[int], vm_id: int | None) -> dict[int, Points]:
@@ -153,7 +152,7 @@ class Backups:
             sa.func.max(sa.case((good, backups.c.verified_at))),
         ).group_by(backups.c.vm_id, key)
         with self._session.read() as connection:
-            return {row[0]: Points(*row[1:]) for row in connection.execute(_of_vm(query, vm_id))}
+            return {row[0]: Points(*row[1:]) for row in connection.execute(query.where(*_of_vm(vm_id)))}
 
     def due_for_proof(self, datastore_id: int, *, now: float, every_s: float) -> list[str]:
         """The good backups of a datastore that are to be read again, those that wait longest first.
@@ -207,8 +206,8 @@ class Backups:
             connection.execute(backups.delete().where(backups.c.backup_id == backup_id))
 
 
-def _of_vm(query: sa.Select[Any], vm_id: int | None) -> sa.Select[Any]:
-    return query if vm_id is None else query.where(backups.c.vm_id == vm_id)
+def _of_vm(vm_id: int | None) -> tuple[sa.ColumnElement[bool], ...]:
+    return () if vm_id is None else (backups.c.vm_id == vm_id,)
 
 
 def _backup(row: sa.Row[tuple[object, ...]]) -> Backup:
