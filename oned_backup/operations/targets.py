@@ -66,8 +66,14 @@ def prepare(
         path = caller.source_dir / name
         path.touch(mode=0o600)
         path.write_bytes(data)
-    wanted = {"DISKS": disks_option(list(disks.values())), "FORMAT": disk_format}
-    answer = _call_tm(context, caller, "pre_restore", ROOM_BYTES=str(room_bytes), **wanted)
+    answer = _call_tm(
+        context,
+        caller,
+        "pre_restore",
+        DISKS=disks_option(list(disks.values())),
+        FORMAT=disk_format,
+        ROOM_BYTES=str(room_bytes),
+    )
     targets = targets_from_xml(document(answer, "TARGETS"))
     if set(targets) != set(disks):
         raise DriverBug("TARGETS does not have the disks that were asked for")

@@ -63,7 +63,7 @@ class Kvm(Driver):
         return {"DOMAINS": xmldoc.build("DOMAINS", found)}
 
     def define(self, call: Call) -> Answer:
-        """Define a domain from XML that the daemon has rebuilt; its TPM has its state before, if it had one."""
+        """Define a domain from XML that the daemon has rebuilt; the state of its TPM is there before."""
         domain = xmldoc.parse(call.option("DOMAIN"), what="domain")
         name = xmldoc.text(domain, "name")
         uuid = domain.findtext("uuid") or str(uuid4())
