@@ -57,17 +57,15 @@ class CommitLog:
         """Sync what is written by now; the lock is held, but not while the disk works."""
         self._syncing, covered = True, self._written
         self._changed.release()
-        lost = None
+        durable, lost = self._durable, None
         try:
             sync_file(self._path)
+            durable = covered
         except OSError as error:
             lost = error
         finally:
             self._changed.acquire()
-            self._syncing = False
-            self._lost = self._lost or lost
-            if lost is None:
-                self._durable = covered
+            self._syncing, self._durable, self._lost = False, durable, lost
             self._changed.notify_all()
 
 
