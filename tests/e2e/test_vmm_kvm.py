@@ -50,6 +50,16 @@ def test_dump_xml_by_uuid_and_by_name(vm: BackedUpVm, running: bool) -> None:
         assert answer["CAPACITY"] == f"vda:{16 << 20}"
     with pytest.raises(NotFound, match="is not defined"):
         vm.vmm("dump_xml", DOMAIN="nobody")
+    asked = f"11111111-0000-4000-8000-000000000001,{vm.guest.uuid}"
+    (told,) = xmldoc.parse(vm.vmm("dump_domains", DOMAINS=asked)["DOMAINS"])
+    assert [xmldoc.text(told, name) for name in ("UUID", "STATE", "CAPACITY")] == [
+        vm.guest.uuid,
+        answer["STATE"],
+        answer["CAPACITY"],
+    ]
+    definition = told.find("domain")
+    assert definition is not None
+    assert xmldoc.serialize(definition) == answer["DOMAIN"]
 
 
 def test_define_with_the_state_of_its_tpm(vm: BackedUpVm, tmp_path: Path) -> None:
