@@ -7,17 +7,20 @@ was, and the chain goes on.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import libvirt_qemu
 import pytest
 from backed_up_vm import BackedUpVm, command
-from lab import Guest, LabDisk, wait_for
+from lab import Guest, LabDisk, Libvirtd, disk_xml, wait_for
 
-from oned_backup.errors import Busy, OnedBackupError
+from oned_backup.errors import Busy, OnedBackupError, Unavailable
 from oned_backup.hypervisor.backup_job import JobDisk, job_xml
 from oned_backup.model.backup_config import BackupConfig, Mode
 from oned_backup.model.names import checkpoint_name
@@ -207,6 +210,60 @@ def test_a_bitmap_of_the_next_name(vm: BackedUpVm, record_property: Observed, ru
     vm.assert_survived()
 
 
+@pytest.mark.fault("guest", "disk plugged in in mid-transfer")
+def test_a_disk_is_plugged_in_meanwhile(vm: BackedUpVm, tmp_path: Path, record_property: Observed) -> None:
+    late = LabDisk(tmp_path / "late.qcow2")
+    command("qemu-img", "create", "-q", "-f", "qcow2", str(late.path), "16M")
+    vm.guest.start()
+    point = vm.backup(meanwhile=lambda: vm.guest.attach(late))
+    assert len(point.exports.disks) == 2
+    said = reasons(vm)
+    assert said == "increment, increment, new-disk"
+    record_property("observed", f"not in this backup; the next one: {said}")
+    vm.assert_survived()
+
+
+REFUSED: dict[str, Callable[[Any], object]] = {
+    "unplug": lambda domain: domain.detachDevice(disk_xml(LabDisk(Path("/two.qcow2")), "vdb")),
+    "grow": lambda domain: domain.blockResize("vdb", 32 * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES),
+    "snapshot": lambda domain: domain.snapshotCreateXML(
+        "<domainsnapshot/>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    ),
+    "backup": lambda domain: domain.backupBegin("<domainbackup/>", None, 0),
+}
+SLOW = pytest.mark.whole_matrix  # libvirt waits for its lock for 30 s
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        pytest.param("unplug", marks=pytest.mark.fault("guest", "disk unplugged in mid-transfer")),
+        pytest.param("grow", marks=pytest.mark.fault("guest", "disk grown in mid-transfer")),
+        pytest.param(
+            "snapshot",
+            marks=[SLOW, pytest.mark.fault("change tracking", "external snapshot in mid-transfer")],
+        ),
+        pytest.param(
+            "backup",
+            marks=[SLOW, pytest.mark.fault("concurrency", "two backups of one domain at the hypervisor")],
+        ),
+    ],
+)
+def test_what_libvirt_refuses_meanwhile(vm: BackedUpVm, record_property: Observed, attempt: str) -> None:
+    said: list[str] = []
+
+    def try_it() -> None:
+        with pytest.raises(libvirt.libvirtError) as refused:
+            REFUSED[attempt](vm.guest.domain)
+        said.append(str(refused.value))
+
+    vm.guest.start()
+    vm.backup(meanwhile=try_it)
+    record_property("observed", f"refused by libvirt: {said[0]}")
+    vm.assert_survived()
+
+
 @pytest.mark.fault("odd inputs", "paths with spaces, quotes, unicode")
 def test_odd_names_and_paths(
     make_guest: Callable[..., Guest],
@@ -236,3 +293,39 @@ def test_no_disk_is_left(vm: BackedUpVm, record_property: Observed) -> None:
     vm.assert_nothing_left("op-000000000001")
     vm.config = BackupConfig(mode=Mode.INCREMENT)
     vm.assert_survived()
+
+
+@pytest.mark.fault("host", "hypervisor unreachable before the freeze")
+@pytest.mark.fault("host", "libvirtd restarted between backups")
+@pytest.mark.fault("host", "host rebooted")
+def test_libvirtd_dies_and_then_the_host(short_dir: Path, record_property: Observed) -> None:
+    folder = short_dir / "guest"
+    folder.mkdir()
+    disk = LabDisk(folder / "one.qcow2")
+    command("qemu-img", "create", "-q", "-f", "qcow2", str(disk.path), "16M")
+    with Libvirtd() as server:
+        vm = BackedUpVm(
+            Guest(server, folder, "alone", [disk], boot="disk", agent=False), folder, short_dir / "s"
+        )
+        vm.guest.start()
+        vm.backup()
+        known = vm.document()
+        server.kill()
+        lost = folder / "lost"
+        lost.mkdir()
+        vm.document = lambda: known  # type: ignore[method-assign]
+        with pytest.raises(Unavailable):
+            vm.tm("pre_backup_live", vm.next_backup(), files=lost, operation_id="op-00000000dead")
+        del vm.document
+        server.resume()
+        vm.guest.domain = server.connection.lookupByName("alone")
+        write(vm, "write -P 9 1M 64k")
+        restarted = reasons(vm)
+        assert restarted == "increment"
+        server.kill()
+        os.kill(vm.guest.pid, signal.SIGKILL)
+        server.restart()
+        vm.guest.domain = server.connection.lookupByName("alone")
+        record_property("observed", f"{restarted} when libvirtd is back, {reasons(vm)} when the host is")
+        vm.assert_survived()
+        vm.guest.destroy()
