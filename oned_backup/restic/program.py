@@ -71,6 +71,10 @@ _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
 )
 
 
+#: what restic says when it did not wait for the words of an ssh that has ended: then ssh is asked again
+_UNHEARD = "file already closed"
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a repository is. `target`: the `user@host` that ssh connects to, empty for S3."""
@@ -307,6 +311,11 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
         ]
         error = ssh.failed(location.target, "\n".join(said).encode())
         if isinstance(error, OnedBackupError):
+            return error
+    if location.target and _UNHEARD in text:
+        try:
+            ssh.remote_run(location.target, ["true"])
+        except OnedBackupError as error:
             return error
     if kind is PermissionDenied and (done.returncode == 12 or "wrong password" in text):
         return PermissionDenied(f"{location.url}: RESTIC_PASSWORD does not open this repository")

@@ -61,8 +61,9 @@ class FaultyDisk:
         subprocess.run(["umount", *(["--lazy"] if lazily else []), str(self.place)], check=True)
 
     def remount(self, options: str) -> None:
-        """Change how it is mounted, such as `ro`."""
-        subprocess.run(["mount", "-o", f"remount,{options}", str(self.place)], check=True)
+        """Change how it is mounted, such as `ro`; that waits for whoever still writes."""
+        argv = ["mount", "-o", f"remount,{options}", str(self.place)]
+        wait_for(f"mount as {options}", lambda: subprocess.run(argv, check=False).returncode == 0, 20)
 
     def fill(self) -> Path:
         """Leave no room; the file that takes it."""
