@@ -6,6 +6,7 @@ The store is the real fs driver, held in the middle of a disk (see held/driver.p
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ class Site:
 
     def operation(self, operation_id: str) -> Any:
         """An operation that has ended."""
-        return self.product.ask("operation", "show", operation_id, "--wait")
+        shown = self.product.call("operation", "show", operation_id, "--wait", "--json")
+        return json.loads(shown.stdout)  # its exit code is that of the operation
 
     def partials(self) -> list[Path]:
         """What lies in the store unfinished."""
