@@ -6,7 +6,7 @@ JOBS := 3
 DRIVERS := $(wildcard drivers/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-scale soak kit torture fuzz faults format clean
+.PHONY: help setup demo test check bench kit bench-scale soak torture faults fuzz format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
