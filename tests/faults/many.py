@@ -25,7 +25,7 @@ class ManyVms:
     ) -> None:
         self.workers = workers
         self.product = Product(directory, driver_dirs=driver_dirs)
-        self.product.settings(workers=workers, workers_per_host=workers, scrub_gb_per_day=0)
+        self.product.settings(workers=workers, workers_per_host=workers)
         self.hosts = [DummyHost(f"dummy://{directory}/host-{first}") for first in range(0, vms, _VMS_OF_HOST)]
         for number in range(vms):
             self.hosts[number // _VMS_OF_HOST].create(f"vm-{number:05}", {"vda": _DISK_BYTES})
