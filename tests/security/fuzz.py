@@ -8,9 +8,11 @@ goes on; an input that is a fault is build/fuzz/<target>/crash-…, and is repea
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 FOLDER = Path("build/fuzz")
@@ -42,8 +44,9 @@ def main() -> int:
             (corpus / f"seed-{number}").write_bytes(seed)
         print(f"== {name}", flush=True)
         argv = [sys.executable, "-m", "tests.security.fuzz", name, "--inside", f"--seconds={given.seconds}"]
-        if subprocess.run(argv, check=False).returncode:
-            failed.append(name)
+        with tempfile.TemporaryDirectory() as directory:  # libFuzzer ends without cleaning up
+            if subprocess.run(argv, check=False, env={**os.environ, "TMPDIR": directory}).returncode:
+                failed.append(name)
     print(f"faults in: {', '.join(failed)}" if failed else "no faults")
     return 1 if failed else 0
 

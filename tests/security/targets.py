@@ -8,8 +8,10 @@ moment, `make fuzz SECONDS=…` as long as you like.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -178,6 +180,7 @@ def _blocks(data: bytes) -> None:
 @cache
 def _app() -> Callable[..., Any]:
     directory = Path(tempfile.mkdtemp(prefix="odb-fuzz-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     service = Service.open(Settings(state_dir=directory / "state", run_dir=directory / "run"))
     app: Callable[..., Any] = make_app(service)  # never started: nothing that is queued is run
     return app
