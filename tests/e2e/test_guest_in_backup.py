@@ -186,7 +186,7 @@ def test_the_agent_dies_inside_the_freeze(site: LiveSite, record_property: Obser
         wait_for("end of the agent", lambda: b"AGENT KILLED" in _serial(site), 60)
         ended = backup.ended()
     wait_for("the next agent", site.guest._agent_answers, 60)
-    wait_for("thaw of the guest", lambda: site.is_thawed(), 60)
+    wait_for("thaw of the guest", site.is_thawed, 60)
     site.guest.shell(f"rm {hook}")
     said = ended["result"]["freeze"]["warning"] if ended["state"] == "DONE" else ended["error"]["message"]
     record_property("observed", f"{ended['state']} ({said}); thawed; next one {survives(site)}")
