@@ -176,7 +176,7 @@ def test_it_is_undefined_and_ended(site: LiveSite, record_property: Observed) ->
     record_property("observed", f"{ended['error']['code']}; defined again, the next one is {survives(site)}")
 
 
-@pytest.mark.fault("guest", "agent dies inside the freeze")
+@pytest.mark.whole_matrix
 def test_the_agent_dies_inside_the_freeze(site: LiveSite, record_property: Observed) -> None:
     hook = "/etc/qemu/fsfreeze-hook.d/die"
     script = "[ $1 = thaw ] || (sleep 1; killall -9 qemu-ga; echo AGENT KILLED >/dev/ttyS0) >/dev/null 2>&1 &"

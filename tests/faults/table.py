@@ -101,6 +101,8 @@ class _Case:
     rows: list[Row]
     whole: bool
     outcome: str = "passed"
+    #: an interrupted one has shown nothing
+    is_over: bool = False
     words: list[str] = field(default_factory=list)
 
 
@@ -120,6 +122,7 @@ class FaultTable:
         case = self._cases.setdefault(report.nodeid, _Case(rows, "whole" in said))
         if report.outcome != "passed" and case.outcome != "failed":
             case.outcome = report.outcome
+        case.is_over |= report.when == "teardown"
         case.words = [str(word) for word in said.get("observed", [])]
 
     def pytest_sessionfinish(self) -> None:
@@ -132,7 +135,7 @@ class FaultTable:
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
         for nodeid, case in sorted(self._cases.items()):
             test = nodeid.partition("[")[0]
-            for row in case.rows:
+            for row in case.rows if case.is_over else ():
                 proof = proofs.setdefault(row, {}).setdefault(
                     test, Proof("passed", 0, [], today, whole=case.whole)
                 )
