@@ -207,7 +207,7 @@ class BackedUpVm:
         restored.unlink()
 
     def assert_survived(self) -> None:
-        """After a fault: every restore point is what it was, and the next backup is an increment of everything."""
+        """After a fault: every restore point is as it was, and the next backup is an increment of all."""
         for number, point in enumerate(self.points):
             for target in point.truth.keys() & point.layers.keys():
                 self.assert_restores(target, number)
