@@ -189,7 +189,7 @@ def test_nothing_to_cancel(shared: Stack) -> None:
         (["image", "show", "9" * 20], 2, "too large"),
         (["vm", "show", "9" * 5000], 66, "there is no VM"),
         (["vm", "backup", "web", "-d", "9" * 20], 66, "there is no datastore"),
-        (["operation", "show", "a b/ü"], 66, "operations/a b/ü: Not Found"),
+        (["operation", "show", "a b/ü"], 66, "operations/a%20b/%C3%BC: Not Found"),
         (["operation", "show", ""], 2, "not empty"),
     ],
 )
