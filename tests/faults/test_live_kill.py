@@ -130,6 +130,7 @@ def test_killed_while_the_guest_is_suspended(site: LiveSite, victim: str) -> Non
     killed(site, "INCREMENT", "qcow2.pre_backup_live.freeze.suspended", victim)
 
 
+@pytest.mark.fault("daemon", "whoever froze the guest is killed inside the freeze")
 def test_the_guardian_acts_unless_it_is_told_in_time(site: LiveSite) -> None:
     guest = site.guest
     with on_guard(guest.uri, guest.uuid, limit_s=600) as goes_on:
@@ -170,6 +171,7 @@ def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
     assert site.backup_and_compare() == "INCREMENT"
 
 
+@pytest.mark.fault("host", "hypervisor unreachable inside the freeze")
 def test_libvirtd_is_killed_while_the_guest_is_frozen(site: LiveSite) -> None:
     site.set(FS_FREEZE="AGENT")
     site.write()
