@@ -18,7 +18,7 @@ demo: setup ## back up a real guest while it runs, restore every increment, boot
 	@$(PYTHON) share/lab/demo.py
 
 test: setup check ## all checks and all tests, unattended
-	@$(PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup ## linters, types, layers
 	@$(PYTHON) -m ruff check .

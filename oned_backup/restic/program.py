@@ -73,6 +73,8 @@ _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
 
 #: what restic says when it did not wait for the words of an ssh that has ended: then ssh is asked again
 _UNHEARD = "file already closed"
+#: how ssh begins to say that a host has another key; of its words only these may have been heard
+_BANNER = "@@@@"
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,9 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
             line.partition("subprocess ssh: ")[2] for line in text.splitlines() if "subprocess ssh: " in line
         ]
         error = ssh.failed(location.target, "\n".join(said).encode())
-        if isinstance(error, OnedBackupError):
+        if isinstance(error, OnedBackupError) and _BANNER not in error.message:
             return error
-    if location.target and _UNHEARD in text:
+    if location.target and (_UNHEARD in text or _BANNER in text):
         try:
             ssh.remote_run(location.target, ["true"])
         except OnedBackupError as error:

@@ -30,6 +30,7 @@ def broken_clause(broken: str) -> tuple[str, str]:
 Judge = Callable[..., Report]
 
 
+@pytest.mark.whole_matrix  # two minutes; the fs driver's judgement asks all clauses, too
 @pytest.mark.timeout(900)
 def test_a_correct_driver_passes(judge: Judge, tmp_path: Path) -> None:
     told: list[str] = []

@@ -26,6 +26,7 @@ SETTINGS = {
 }
 #: what is written before each disturbed backup, and how fast it may go: about 3 s
 KIB, RATE = 12 * 1024, "32mbit"
+SLOW = pytest.mark.whole_matrix
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def has_noticed(site: Site, operation_id: str, tried: set[int]) -> bool:
     return site.is_troubled(operation_id) or bool(tried - now)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=SLOW), 0.3, pytest.param(0.8, marks=SLOW)])
 @pytest.mark.fault("store", "unreachable in mid-transfer")
 def test_the_cable_is_pulled(site: Site, vm: SiteVm, share: float) -> None:
     backup = site.netlab["backup"]
@@ -128,7 +129,7 @@ def test_the_servers_disk_is_full(site: Site, vm: SiteVm) -> None:
         backup.run(["rm", filler])
 
 
-@pytest.mark.parametrize("where", ["here", "there"])
+@pytest.mark.parametrize("where", ["here", pytest.param("there", marks=SLOW)])
 @pytest.mark.fault("store", "program (rsync, restic) killed here or there")
 def test_the_program_is_killed(site: Site, vm: SiteVm, where: str) -> None:
     """Here: restic or rsync on the daemon's machine; there: the server's side of the SSH connection."""

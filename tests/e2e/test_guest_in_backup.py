@@ -1,4 +1,4 @@
-"""A guest that is stopped, killed, changed or taken away while its backup reads it; a libvirt that dies.
+"""A guest that is stopped, killed, changed or taken away while its backup reads it.
 
 Daemon, drivers, store, libvirt and QEMU are real. The backup stands still in the middle of a
 disk, or at a step, while the fault happens; `survives` says what must hold afterwards.
@@ -116,6 +116,7 @@ def reasons(ended: dict[str, Any]) -> str:
 Observed = Callable[[str, object], None]
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.fault("guest", "stopped in mid-transfer")
 def test_it_stops(site: LiveSite, record_property: Observed) -> None:
     with held(site) as backup:
@@ -126,6 +127,7 @@ def test_it_stops(site: LiveSite, record_property: Observed) -> None:
     record_property("observed", f"backed up again while off: {reasons(ended)}; next one {survives(site)}")
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.fault("guest", "rebooted in mid-transfer")
 def test_it_reboots(site: LiveSite, record_property: Observed) -> None:
     with held(site) as backup:
@@ -195,46 +197,3 @@ def test_the_agent_dies_inside_the_freeze(site: LiveSite, record_property: Obser
 def _serial(site: LiveSite) -> bytes:
     assert site.guest.serial is not None
     return site.guest.serial.read_bytes()
-
-
-STEPS = {
-    "before the freeze": "qcow2.pre_backup_live.begun",
-    "inside the freeze": "qcow2.pre_backup_live.freeze.frozen",
-    "in mid-transfer": IN_A_DISK,
-    "at the clean-up": "qcow2.post_backup_live.begun",
-}
-
-
-@pytest.mark.whole_matrix
-@pytest.mark.parametrize("step", STEPS)
-def test_libvirt_dies(site: LiveSite, record_property: Observed, step: str) -> None:
-    with held(site, STEPS[step], fs_freeze="AGENT") as backup:
-        site.libvirtd.kill()
-        backup.gate.unlink()
-        wait_for("its end, or another attempt", lambda: _has_noticed(site, backup), 60)
-        site.libvirtd.resume()
-        ended = backup.ended()
-    kind = survives(site)
-    record_property("observed", f"{ended['state']}, next one {kind}")
-    assert kind == "INCREMENT"
-
-
-def _has_noticed(site: LiveSite, backup: Held) -> bool:
-    """Whether a step failed, or all is over, without libvirt."""
-    shown = site.client.get(f"operations/{backup.operation_id}")
-    final = shown["state"] in {"DONE", "FAILED", "CANCELLED"}
-    return final or any(step["state"] in {"FAILED", "UNDONE"} for step in shown["steps"])
-
-
-@pytest.mark.whole_matrix
-def test_libvirt_is_restarted_and_then_the_host(site: LiveSite, record_property: Observed) -> None:
-    site.libvirtd.kill()
-    site.libvirtd.resume()
-    assert survives(site) == "INCREMENT"
-    site.product.kill()
-    site.guest.kill()
-    site.libvirtd.restart()
-    site.start()
-    record_property(
-        "observed", f"increment after a restart of libvirtd, {survives(site)} after one of the host"
-    )

@@ -231,7 +231,7 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
         pytest.param(
             "copied, off", marks=pytest.mark.fault("change tracking", "VM moved to another host, off")
         ),
-        "copied, live",
+        pytest.param("copied, live", marks=pytest.mark.whole_matrix),
         pytest.param(
             "shared, live", marks=pytest.mark.fault("change tracking", "VM moved to another host, running")
         ),

@@ -49,6 +49,20 @@ class DaemonSite:
 
     # --- operations
 
+    def held_at(self, point: str, submit: Callable[[], str]) -> tuple[str, Path]:
+        """An operation whose driver waits at a failpoint until the file, its gate, is removed."""
+        gate = self.directory / "gate"
+        gate.unlink(missing_ok=True)
+        self.arm(f"{point}=wait:{gate}")
+        operation_id = submit()
+        wait_for(point, gate.exists, 60)
+        self.arm()
+        return operation_id, gate
+
+    def held_backup(self, point: str) -> tuple[str, Path]:
+        """The same for a backup of VM 0."""
+        return self.held_at(point, lambda: self.submit("vms/0/backup"))
+
     def submit(self, path: str, body: Mapping[str, Any] | None = None, *, method: str = "post") -> str:
         """The id of a new operation."""
         call: Callable[..., Any] = getattr(self.client, method)

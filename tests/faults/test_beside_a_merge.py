@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from lab import wait_for
 
 from tests.faults.simulation import Simulation, simulation
 
@@ -24,11 +23,7 @@ def merge(site: Simulation) -> Iterator[str]:
     """A merge of the oldest two of the chain, which stands still until the test lets it go."""
     while len(site.chain()) < 3:
         site.backup()
-    gate = site.directory / "gate"
-    site.arm(f"fs.increment_flatten.begun=wait:{gate}")
-    merge = site.flatten(site.chain()[0])
-    wait_for("the merge", gate.exists, 30)
-    site.arm()
+    merge, gate = site.held_at("fs.increment_flatten.begun", lambda: site.flatten(site.chain()[0]))
     yield merge
     gate.unlink(missing_ok=True)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import wait_for
 
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from tests.faults.simulation import CLUSTER, Simulation, simulation
@@ -280,11 +279,7 @@ def test_verify_beside_a_merge_and_its_removal(the_site: Simulation) -> None:
     image = site.newest_image()
     while len(site.chain()) < 3:
         site.backup()
-    gate = site.directory / "gate"
-    site.arm(f"fs.verify.begun=wait:{gate}")
-    verify = site.submit(f"images/{image}/verify")
-    wait_for("the verification", gate.exists, 30)
-    site.arm()
+    verify, gate = site.held_at("fs.verify.begun", lambda: site.submit(f"images/{image}/verify"))
     site.done(site.flatten(site.chain()[0]))
     (removal,) = site.operations("remove")[:1]
     assert site.client.get(f"operations/{removal['id']}")["waits_for"]["id"] == verify

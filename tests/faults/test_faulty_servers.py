@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import wait_for
 from sshd import ALIAS, Sshd
 
 from tests.faults.simulation import Simulation, simulation
@@ -117,16 +116,6 @@ def _with_descendants(pid: int) -> Iterator[int]:
         yield from _with_descendants(child)
 
 
-def waiting_at(site: Simulation, point: str, submit: Callable[[], str]) -> tuple[str, Path]:
-    """An operation whose driver waits at a failpoint until the file, its gate, is removed."""
-    gate = site.directory / "gate"
-    site.arm(f"{point}=wait:{gate}")
-    operation_id = submit()
-    wait_for(point, gate.exists, 60)
-    site.arm()
-    return operation_id, gate
-
-
 def why(ended: dict[str, Any]) -> str:
     """The kind of failure of an operation that must have failed."""
     assert ended["state"] == "FAILED", ended
@@ -143,7 +132,7 @@ def test_a_server_that_stands_still(
     site.restart(**settings(sshd), ODB_DEADLINES__TRANSFER_S="40")
     site.write()
     body = {"datastore_id": store}
-    running, gate = waiting_at(site, f"{driver}.backup.disk.chunk", lambda: site.submit("vms/0/backup", body))
+    running, gate = site.held_at(f"{driver}.backup.disk.chunk", lambda: site.submit("vms/0/backup", body))
     with standing_still(sshd):
         gate.unlink()
         ended = site.ended(running, 120)
@@ -188,7 +177,7 @@ def test_a_server_that_is_gone_when_something_is_removed(
 ) -> None:
     site = the_site
     driver = site.client.get(f"datastores/{store}")["driver"]
-    merge, gate = waiting_at(site, f"{driver}.rm.begun", lambda: site.flatten(site.chain()[0]))
+    merge, gate = site.held_at(f"{driver}.rm.begun", lambda: site.flatten(site.chain()[0]))
     sshd.stop()
     gate.unlink()
     site.settle()

@@ -6,12 +6,11 @@ real, the hypervisor is the dummy one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import wait_for
 
 from tests.faults.faulty_disk import FaultyDisk, mounted_disk
 from tests.faults.simulation import Simulation, simulation
@@ -51,20 +50,10 @@ def disk(the_site: Simulation) -> FaultyDisk:
     return found
 
 
-def reached(site: Simulation, point: str, submit: Callable[[], str]) -> tuple[str, Path]:
-    """An operation that waits at a failpoint of its driver until the file, its gate, is removed."""
-    gate = site.directory / "gate"
-    site.arm(f"{point}=wait:{gate}")
-    operation_id = submit()
-    wait_for(point, gate.exists, 60)
-    site.arm()
-    return operation_id, gate
-
-
 def begun(site: Simulation, point: str) -> tuple[str, Path]:
     """A backup of new content that waits at a failpoint."""
     site.write()
-    return reached(site, point, lambda: site.submit("vms/0/backup"))
+    return site.held_backup(point)
 
 
 def known(site: Simulation, ended: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +169,7 @@ def test_unmounted_at_publish(site: Simulation, disk: FaultyDisk, record_propert
 
 @pytest.mark.fault("store", "unreachable at delete")
 def test_unmounted_at_delete(site: Simulation, disk: FaultyDisk) -> None:
-    running, gate = reached(site, "fs.rm.begun", lambda: site.flatten(site.chain()[-2]))
+    running, gate = site.held_at("fs.rm.begun", lambda: site.flatten(site.chain()[-2]))
     disk.unmount(lazily=True)
     gate.unlink()
     site.settle()

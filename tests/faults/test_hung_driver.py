@@ -33,11 +33,7 @@ def is_held_by_kernel(process: int) -> bool:
 
 
 def test_recovery_ends_and_forgets_nothing(site: Simulation) -> None:
-    gate = site.directory / "gate"
-    site.arm(f"fs.backup.disk.chunk=wait:{gate}")
-    operation_id = site.submit("vms/0/backup")
-    wait_for("driver in the middle of the transfer", gate.exists)
-    site.arm()
+    operation_id, gate = site.held_backup("fs.backup.disk.chunk")
     freeze(site.store, frozen=True)
     try:
         gate.unlink()

@@ -133,12 +133,19 @@ def site() -> Iterator[Simulation]:
         yield site
 
 
+def once(site: Simulation, armed: str) -> Iterator[str]:
+    """What is armed, killing one time each: what is tried again goes on."""
+    for number, entry in enumerate(armed.split(",")):
+        (site.directory / f"once.{number}").touch()
+        yield f"{entry}:{site.directory}/once.{number}" if "=kill" in entry else entry
+
+
 def test_killed(site: Simulation, kind: str, armed: str) -> None:
     prepare(site, kind)
     stay = survivors(site, kind)
     log = site.directory / "reached"
     log.unlink(missing_ok=True)
-    site.arm(f"*=record:{log},{armed}")
+    site.arm(",".join([f"*=record:{log}", *once(site, armed)]))
     with suppress(DaemonUnreachable):  # it may die before it has answered
         ASK[kind](site)
     content = site.content()

@@ -152,10 +152,7 @@ def test_the_guardian_acts_unless_it_is_told_in_time(site: LiveSite) -> None:
 def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
     site.set(FS_FREEZE="AGENT")
     site.write()
-    gate = site.directory / "gate"
-    site.arm(f"qcow2.pre_backup_live.freeze.frozen=wait:{gate}")
-    operation_id = site.submit("vms/0/backup")
-    wait_for("frozen guest", gate.exists)
+    operation_id, gate = site.held_backup("qcow2.pre_backup_live.freeze.frozen")
     assert not site.is_thawed()
     (driver,) = site.freezing()
     os.kill(driver, signal.SIGSTOP)
@@ -164,7 +161,6 @@ def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
         gate.unlink()
     finally:
         os.kill(driver, signal.SIGCONT)
-    site.arm()
     assert site.ended(operation_id)["state"] == "DONE"
     site.learn()
     site.assert_sound()
@@ -175,11 +171,7 @@ def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
 def test_libvirtd_is_killed_while_the_guest_is_frozen(site: LiveSite) -> None:
     site.set(FS_FREEZE="AGENT")
     site.write()
-    gate = site.directory / "gate"
-    site.arm(f"qcow2.pre_backup_live.freeze.frozen=wait:{gate}")
-    operation_id = site.submit("vms/0/backup")
-    wait_for("frozen guest", gate.exists)
-    site.arm()
+    operation_id, gate = site.held_backup("qcow2.pre_backup_live.freeze.frozen")
     site.libvirtd.kill()
     gate.unlink()
     site.libvirtd.resume()
@@ -193,11 +185,7 @@ def test_libvirtd_is_killed_in_the_middle_of_the_transfer(site: LiveSite) -> Non
     """The job lives in QEMU and goes on."""
     site.set(FS_FREEZE="AGENT")
     site.write()
-    gate = site.directory / "gate"
-    site.arm(f"fs.backup.disk.chunk=wait:{gate}")
-    operation_id = site.submit("vms/0/backup")
-    wait_for("transfer", gate.exists)
-    site.arm()
+    operation_id, gate = site.held_backup("fs.backup.disk.chunk")
     site.libvirtd.kill()
     site.libvirtd.resume()
     gate.unlink()
@@ -218,10 +206,7 @@ def test_a_job_and_bitmaps_of_others_are_not_touched(site: LiveSite) -> None:
     assert "theirs" in site.checkpoints()
 
     site.set(FS_FREEZE="AGENT")
-    gate = site.directory / "gate"
-    site.arm(f"qcow2.pre_backup_live.job.begun=wait:{gate}")
-    operation_id = site.submit("vms/0/backup")
-    wait_for("begin of the job", gate.exists)
+    operation_id, _ = site.held_backup("qcow2.pre_backup_live.job.begun")
     domain.backupBegin(
         f"<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>"
         f"<disk name='vda' backup='yes' type='file'><scratch file='{scratch}'/></disk>"
@@ -230,7 +215,6 @@ def test_a_job_and_bitmaps_of_others_are_not_touched(site: LiveSite) -> None:
         0,
     )
     site.product.kill()
-    site.arm()
     site.start()
     site.wait_recovered()
     assert site.ended(operation_id)["state"] == "FAILED"

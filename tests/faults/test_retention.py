@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from lab import wait_for
 
 from tests.faults.simulation import Simulation, simulation
 
@@ -73,10 +72,7 @@ def test_single_increments_go(site: Simulation) -> None:
 @pytest.mark.fault("concurrency", "flatten beside a backup")
 @pytest.mark.fault("concurrency", "flatten beside a restore")
 def test_backups_and_restores_run_beside_a_merge(site: Simulation) -> None:
-    gate = site.directory / "gate"
-    site.arm(f"fs.increment_flatten.begun=wait:{gate}")
-    merge = site.flatten(0)
-    wait_for("the merge", gate.exists, 30)
+    merge, gate = site.held_at("fs.increment_flatten.begun", lambda: site.flatten(0))
     assert site.backup() == "INCREMENT"
     assert [site.restore(0, number) for number in range(4)] == [site.truth[0, number] for number in range(4)]
     gate.unlink()
@@ -88,12 +84,9 @@ def test_backups_and_restores_run_beside_a_merge(site: Simulation) -> None:
 
 @pytest.mark.fault("concurrency", "delete beside a restore of the same chain")
 def test_what_a_restore_reads_is_not_removed_under_it(site: Simulation) -> None:
-    gate = site.directory / "gate"
-    site.arm(f"fs.download.begun=wait:{gate}")
     target = site.directory / "slow"
-    restore = site.submit("images/0/restore", {"to": str(target), "increment_id": 1, "format": "raw"})
-    wait_for("the restore", gate.exists, 30)
-    site.arm()
+    wanted = {"to": str(target), "increment_id": 1, "format": "raw"}
+    restore, gate = site.held_at("fs.download.begun", lambda: site.submit("images/0/restore", wanted))
     old = {path.name for path in site.store.glob("0/*")}
     site.done(site.flatten(0))
     (removal,) = site.operations("remove")

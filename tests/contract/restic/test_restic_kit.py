@@ -16,7 +16,7 @@ from oned_backup.runner.kit import Report
 from oned_backup.runner.kit.clause import Status
 
 DRIVER = Path(__file__).parents[3] / "drivers/datastore/restic"
-CLAUSES = {"ALL-03", "DS-03", "DS-13", "DS-15", "DS-20", "DS-23", "DS-31", "DS-35", "DS-36", "DS-40", "DS-44"}
+CLAUSES = {"ALL-03", "DS-13", "DS-20", "DS-31", "DS-35", "DS-36", "DS-40"}
 
 
 @pytest.mark.timeout(1200)

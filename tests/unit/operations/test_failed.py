@@ -29,7 +29,7 @@ def test_a_store_that_fails_leaves_nothing_and_says_so(world: World) -> None:
 
 def test_what_could_not_be_undone_is_left_and_named(world: World) -> None:
     world.drivers.script["backup"] = [DriverFailed("boom")]
-    world.drivers.script["backup_cancel"] = [DriverFailed("the vault is shut")]
+    world.drivers.script["backup_cancel"] = [DriverFailed("the vault is shut")] * 3
     failed = world.run("backup", vm_id=0)
     found = failure_of(failed, world.services.store.journal.steps(failed.id))
     assert found is not None
