@@ -145,6 +145,7 @@ def test_it_reboots(site: LiveSite, record_property: Observed) -> None:
     record_property("observed", said)
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.fault("guest", "QEMU killed in mid-transfer")
 def test_qemu_is_killed(site: LiveSite, record_property: Observed) -> None:
     with held(site) as backup:

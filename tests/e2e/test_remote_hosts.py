@@ -229,7 +229,11 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
     "moves",
     [
         pytest.param(
-            "copied, off", marks=pytest.mark.fault("change tracking", "VM moved to another host, off")
+            "copied, off",
+            marks=[
+                pytest.mark.whole_matrix,
+                pytest.mark.fault("change tracking", "VM moved to another host, off"),
+            ],
         ),
         pytest.param("copied, live", marks=pytest.mark.whole_matrix),
         pytest.param(

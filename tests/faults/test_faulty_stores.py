@@ -92,6 +92,7 @@ def test_io_errors_when_reading(site: Simulation, disk: FaultyDisk, record_prope
     record_property("observed", "restore and verify fail, nothing is marked broken, nothing given out")
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.fault("store", "slow")
 def test_slow(site: Simulation, disk: FaultyDisk) -> None:
     with disk.slow("2M"):

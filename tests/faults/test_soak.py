@@ -13,6 +13,7 @@ from tests.faults.soak import Sample, Soak, growth
 REST = Sample(descriptors=30, threads=20, children=0, files=9, rss_mib=90.0)
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.timeout(900)
 def test_twenty_cycles_leave_the_daemon_as_it_was() -> None:
     with simulation() as site:

@@ -19,6 +19,7 @@ DRIVER = Path(__file__).parents[3] / "drivers/datastore/restic"
 CLAUSES = {"ALL-03", "DS-13", "DS-20", "DS-31", "DS-35", "DS-36", "DS-40"}
 
 
+@pytest.mark.whole_matrix  # two minutes; test_restic_s3 has some of its clauses in every run
 @pytest.mark.timeout(1200)
 def test_the_restic_driver_keeps_the_contract(judge: Callable[..., Report], sshd: Sshd) -> None:
     user, _, host = sshd.target.partition("@")
