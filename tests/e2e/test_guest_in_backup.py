@@ -180,19 +180,24 @@ def test_it_is_undefined_and_ended(site: LiveSite, record_property: Observed) ->
 
 
 @pytest.mark.whole_matrix
+@pytest.mark.fault("guest", "agent dies inside the freeze")
 def test_the_agent_dies_inside_the_freeze(site: LiveSite, record_property: Observed) -> None:
+    # once: libvirt itself can lose an agent for good that is killed while it answers
     hook = "/etc/qemu/fsfreeze-hook.d/die"
-    script = "[ $1 = thaw ] || (sleep 1; killall -9 qemu-ga; echo AGENT KILLED >/dev/ttyS0) >/dev/null 2>&1 &"
+    kill = "touch /run/died; sleep 1; killall -9 qemu-ga; echo AGENT KILLED >/dev/ttyS0"
+    script = f"[ -e /run/died ] || ({kill}) >/dev/null 2>&1 </dev/null &"
     site.guest.write_file(hook, f"#!/bin/sh\n{script}\n".encode())
     site.guest.shell(f"chmod 755 {hook}")
     with held(site, "qcow2.pre_backup_live.freeze.frozen", fs_freeze="AGENT") as backup:
         wait_for("end of the agent", lambda: b"AGENT KILLED" in _serial(site), 60)
         ended = backup.ended()
-    wait_for("the next agent", site.guest._agent_answers, 60)
+    assert ended["state"] == "DONE", ended["error"]
+    (first,) = ended["result"]["notes"]
+    assert "may still be frozen" in first
     wait_for("thaw of the guest", site.is_thawed, 60)
     site.guest.shell(f"rm {hook}")
-    said = ended["result"]["freeze"]["warning"] if ended["state"] == "DONE" else ended["error"]["message"]
-    record_property("observed", f"{ended['state']} ({said}); thawed; next one {survives(site)}")
+    record_property("observed", f"tried again, thawed, then DONE; the increment says: {first}")
+    survives(site)
 
 
 def _serial(site: LiveSite) -> bytes:
