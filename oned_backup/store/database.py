@@ -65,8 +65,8 @@ class Database:
         self._log = CommitLog(path)
         try:
             self._engine = _engine(path)
-            with translated(path):
-                upgrade(self._engine)
+            with translated(path), self._begun("BEGIN IMMEDIATE") as connection:
+                upgrade(connection)
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -74,7 +74,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A connection that sees one consistent, committed state."""
-        with translated(self.path), self._engine.begin() as connection:
+        with translated(self.path), self._begun("BEGIN") as connection:
             yield connection
 
     @contextmanager
@@ -91,16 +91,23 @@ class Database:
             raise Busy(f"{self.path}: other threads have been writing for {WRITE_WAIT_S:.0f} s")
         try:
             self._writer = thread
-            with (
-                translated(self.path),
-                self._engine.execution_options(odb_write=True).begin() as connection,
-            ):
+            with translated(self.path), self._begun("BEGIN IMMEDIATE") as connection:
                 yield connection
             written = self._log.committed()
         finally:
             self._writer = None
             self._writing.release()
         self._log.wait(written)
+
+    @contextmanager
+    def _begun(self, statement: str) -> Iterator[sa.Connection]:
+        """A connection in a transaction begun by `statement`: committed at the end, or rolled back.
+
+        Past SQLAlchemy: as a listener to its event each statement would look for further ones.
+        """
+        with self._engine.begin() as connection:
+            connection.connection.cursor().execute(statement)
+            yield connection
 
     def close(self) -> None:
         """Close all connections and let another process open the file; again is no error."""
@@ -140,8 +147,9 @@ def translated(path: Path) -> Iterator[None]:
         raise Conflict(f"the database refuses it: {error.orig}") from error
     except exc.TimeoutError as error:
         raise Busy(f"database {path}: too many readers") from error
-    except exc.DatabaseError as error:
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    except (exc.DatabaseError, sqlite3.Error) as error:  # the second from `_begun`
+        cause = error.orig if isinstance(error, exc.DatabaseError) else error
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
         kind = {
             sqlite3.SQLITE_BUSY: Busy,
             sqlite3.SQLITE_LOCKED: Busy,
@@ -151,7 +159,7 @@ def translated(path: Path) -> Iterator[None]:
             sqlite3.SQLITE_READONLY: PermissionDenied,
             sqlite3.SQLITE_PERM: PermissionDenied,
         }.get(code, Unavailable)
-        raise kind(f"database {path}: {error.orig}") from error
+        raise kind(f"database {path}: {cause}") from error
 
 
 def _claim_file(path: Path) -> int:
@@ -186,7 +194,7 @@ def _engine(path: Path) -> sa.Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
-        # Python's sqlite3 must not begin transactions by itself: `begin` below does
+        # Python's sqlite3 must not begin transactions by itself: `_begun` does
         connection.isolation_level = None
         for pragma in (
             f"busy_timeout = {_BUSY_TIMEOUT_MS}",
@@ -196,10 +204,5 @@ def _engine(path: Path) -> sa.Engine:
             "trusted_schema = OFF",
         ):
             connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        writes = connection.get_execution_options().get("odb_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -56,16 +57,58 @@ class StepState(StrEnum):
 
 
 # Built once: making a statement takes longer than running it.
-_GET = sa.select(operations).where(operations.c.id == sa.bindparam("this"))
-_STATE = sa.select(operations.c.state).where(operations.c.id == sa.bindparam("this"))
-_CHANGE = operations.update().where(operations.c.id == sa.bindparam("this"))
-_THIS_STEP = (steps.c.operation_id == sa.bindparam("this")) & (steps.c.number == sa.bindparam("step"))
-_STEP = sa.select(steps.c.state, steps.c.name).where(_THIS_STEP)
-_CHANGE_STEP = steps.update().where(_THIS_STEP)
+_THIS = operations.c.id == sa.bindparam("this")
+_GET = sa.select(operations).where(_THIS)
+_CHANGE = operations.update().where(_THIS).returning(operations)
+_NEW = operations.insert().returning(operations)
+_THIS_NUMBER = steps.c.number == sa.bindparam("step")
 _LAST_STEP = sa.select(sa.func.max(steps.c.number)).where(steps.c.operation_id == sa.bindparam("this"))
+_STATE = (
+    sa.select(
+        operations.c.state,
+        _LAST_STEP.scalar_subquery().label("last_step"),
+        steps.c.state.label("step_state"),
+        steps.c.name,
+    )
+    .outerjoin_from(operations, steps, (steps.c.operation_id == operations.c.id) & _THIS_NUMBER)
+    .where(_THIS)
+)
+_CHANGE_STEP = steps.update().where(steps.c.operation_id == sa.bindparam("this"), _THIS_NUMBER)
 _STEPS = sa.select(steps).where(steps.c.operation_id == sa.bindparam("this")).order_by(steps.c.number)
-_NEW = operations.insert()
 _NEW_STEP = steps.insert()
+_CLAIM = (
+    operations.update()
+    .where(_THIS)
+    .values(
+        state=OperationState.RUNNING,
+        started_at=sa.func.coalesce(operations.c.started_at, sa.bindparam("now")),
+        not_before=None,
+    )
+    .returning(operations)
+)
+
+
+@cache
+def _due(kinds: frozenset[str] | None) -> sa.Select[Any]:
+    """The QUEUED operations of these kinds that may be claimed `now`, oldest first."""
+    running = operations.alias("running")
+    blocked = sa.exists().where(
+        running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
+    )
+    wait_s = sa.func.coalesce(operations.c.not_before, 0.0) - sa.bindparam("now")
+    query = (
+        sa.select(operations)
+        .where(operations.c.state == OperationState.QUEUED, ~blocked)
+        .where((wait_s <= 0) | (wait_s > _LONGEST_WAIT_S))
+        .order_by(operations.c.sequence)
+    )
+    return query if kinds is None else query.where(operations.c.kind.in_(sorted(kinds)))
+
+
+@cache
+def _first_due(kinds: frozenset[str] | None) -> sa.Select[Any]:
+    return _due(kinds).limit(1)
+
 
 _STEP_CHANGES = {
     StepState.INTENT: {StepState.DONE, StepState.FAILED, StepState.UNDONE},
@@ -147,14 +190,13 @@ class Journal:
                 "error": "",
                 "queued_at": self._session.now(),
             }
-            connection.execute(_NEW, values)
-            return _get(connection, operation_id)
+            return _operation(connection.execute(_NEW, values).one())
 
     def claim(
         self,
         allowed: Callable[[Operation], bool] | None = None,
         *,
-        kinds: Collection[str] | None = None,
+        kinds: frozenset[str] | None = None,
     ) -> Operation | None:
         """The oldest QUEUED operation whose lock no RUNNING one holds, now RUNNING; None: there is none.
 
@@ -162,39 +204,17 @@ class Journal:
 
         `allowed`, if given, can pass over operations that must wait for something else.
         """
-        running = operations.alias("running")
-        blocked = sa.exists().where(
-            running.c.lock == operations.c.lock, running.c.state == OperationState.RUNNING
-        )
-        now = self._session.now()
-        wait_s = sa.func.coalesce(operations.c.not_before, 0.0) - now
-        due = (wait_s <= 0) | (wait_s > _LONGEST_WAIT_S)
-        query = (
-            sa.select(operations)
-            .where(operations.c.state == OperationState.QUEUED, ~blocked, due)
-            .order_by(operations.c.sequence)
-        )
-        if kinds is not None:
-            query = query.where(operations.c.kind.in_(kinds))
+        now = {"now": self._session.now()}
         # Looking first costs no write transaction when there is nothing to do.
         with self._session.read() as connection:
-            if connection.execute(query.limit(1)).first() is None:
+            if connection.execute(_first_due(kinds), now).first() is None:
                 return None
         with self._session.write() as connection:
-            with connection.execute(query) as rows:
+            with connection.execute(_due(kinds), now) as rows:
                 chosen = _first_allowed(map(_operation, rows), allowed)
             if chosen is None:
                 return None
-            connection.execute(
-                operations.update()
-                .where(operations.c.id == chosen.id)
-                .values(
-                    state=OperationState.RUNNING,
-                    started_at=sa.func.coalesce(operations.c.started_at, now),
-                    not_before=None,
-                )
-            )
-            return _get(connection, chosen.id)
+            return _operation(connection.execute(_CLAIM, {"this": chosen.id, **now}).one())
 
     def finish(
         self,
@@ -211,8 +231,7 @@ class Journal:
             _require_running(connection, operation_id)
             told = {"result": _dump(result or {}), "error": _text(error)}
             changes = {"state": state, **told, "ended_at": self._session.now()}
-            connection.execute(_CHANGE, {"this": operation_id, **changes})
-            return _get(connection, operation_id)
+            return _change(connection, operation_id, changes)
 
     def postpone(
         self, operation_id: str, wait_s: float, *, result: Mapping[str, Any], error: str
@@ -229,8 +248,7 @@ class Journal:
             if _get(connection, operation_id).cancel_requested:
                 changes = {"state": OperationState.CANCELLED, "ended_at": now}
             told = {"result": _dump(result), "error": _text(error)}
-            connection.execute(_CHANGE, {"this": operation_id, **changes, **told})
-            return _get(connection, operation_id)
+            return _change(connection, operation_id, changes | told)
 
     def request_cancel(self, operation_id: str) -> Operation:
         """CANCELLED at once if it was QUEUED; a RUNNING one is marked and ends by itself.
@@ -244,15 +262,12 @@ class Journal:
             changes: dict[str, Any] = {"cancel_requested": True}
             if found.state is OperationState.QUEUED:
                 changes |= {"state": OperationState.CANCELLED, "ended_at": self._session.now()}
-            connection.execute(_CHANGE, {"this": operation_id, **changes})
-            return _get(connection, operation_id)
+            return _change(connection, operation_id, changes)
 
     def begin_step(self, operation_id: str, name: str, data: Mapping[str, Any] | None = None) -> int:
         """The number of a new step in INTENT; `Conflict` if the operation does not run."""
         with self._session.write() as connection:
-            _require_running(connection, operation_id)
-            last = connection.execute(_LAST_STEP, {"this": operation_id}).scalar_one()
-            number = 1 if last is None else int(last) + 1
+            number = 1 + (_require_running(connection, operation_id).last_step or 0)
             values = {
                 "operation_id": operation_id,
                 "number": number,
@@ -277,20 +292,18 @@ class Journal:
         `Conflict` if the step cannot come to `state`, or the operation does not run.
         """
         with self._session.write() as connection:
-            _require_running(connection, operation_id)
-            this = {"this": operation_id, "step": number}
-            found = connection.execute(_STEP, this).one_or_none()
-            if found is None:
+            found = _require_running(connection, operation_id, number)
+            if found.name is None:
                 raise NotFound(f"operation {operation_id} has no step {number}")
-            if state not in _STEP_CHANGES[StepState(found.state)]:
+            if state not in _STEP_CHANGES[StepState(found.step_state)]:
                 raise Conflict(
                     f"operation {operation_id}, step {number} ({found.name}):"
-                    f" {found.state} cannot become {state}"
+                    f" {found.step_state} cannot become {state}"
                 )
             changes: dict[str, Any] = {"state": state, "ended_at": self._session.now()}
             if result is not None:
                 changes["result"] = _dump(result)
-            connection.execute(_CHANGE_STEP, this | changes)
+            connection.execute(_CHANGE_STEP, {"this": operation_id, "step": number, **changes})
 
     def unfinished(self) -> list[Operation]:
         """The RUNNING operations, oldest first: after a start, those whose daemon died."""
@@ -367,12 +380,18 @@ def _get(connection: sa.Connection, operation_id: str) -> Operation:
     return _operation(row)
 
 
-def _require_running(connection: sa.Connection, operation_id: str) -> None:
-    state = connection.execute(_STATE, {"this": operation_id}).scalar_one_or_none()
-    if state is None:
+def _change(connection: sa.Connection, operation_id: str, changes: Mapping[str, Any]) -> Operation:
+    return _operation(connection.execute(_CHANGE, {"this": operation_id, **changes}).one())
+
+
+def _require_running(connection: sa.Connection, operation_id: str, number: int = 0) -> sa.Row[Any]:
+    """What is known of a RUNNING operation and of its step `number`; `Conflict` if it does not run."""
+    row = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
+    if row is None:
         raise NotFound(f"there is no operation {operation_id[:40]}")
-    if state != OperationState.RUNNING:
-        raise Conflict(f"operation {operation_id} is {state}, not RUNNING")
+    if row.state != OperationState.RUNNING:
+        raise Conflict(f"operation {operation_id} is {row.state}, not RUNNING")
+    return row
 
 
 def _operation(row: sa.Row[Any]) -> Operation:
