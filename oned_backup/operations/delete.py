@@ -90,6 +90,7 @@ def removed_later(context: Context, beside: Callable[[], int | None], backup_id:
 
     What is left in a store would keep its parent there, too. `beside` finds the image that has it noted.
     """
+    _refuse_recorded(context.services, backup_id)
     try:
         yield
         if context.driver_hangs:
@@ -101,6 +102,16 @@ def removed_later(context: Context, beside: Callable[[], int | None], backup_id:
                     "image", image_id, lambda element: with_to_remove(Image(element), [backup_id]).element
                 )
         raise
+
+
+def _refuse_recorded(services: Services, backup_id: str) -> None:
+    """`Conflict` if the catalogue names it: it was committed, though nobody could say that this is durable.
+
+    Whoever starts next finds out which of the two is true, and goes forward or discards it then.
+    """
+    with suppress(NotFound):
+        services.store.backup(backup_id)
+        raise Conflict(f"backup {backup_id} is in the catalogue: it is not discarded")
 
 
 def _choose(context: Context) -> Mapping[str, Any]:
@@ -179,7 +190,8 @@ def _forget(context: Context, tx: Transaction) -> None:
         image = Image(tx.get("image", image_id).element)
         rows = tx.backups(image_id=image_id)
         removed = context.facts["removed"]
-        gone = context.arguments.get("force") or {row.backup_id for row in rows} <= set(removed)
+        owed = {*(row.backup_id for row in rows), *to_remove(image)}  # more may have been noted meanwhile
+        gone = context.arguments.get("force") or owed <= set(removed)
         if image.state != ImageState.DELETE or not gone:  # perhaps it was put out of use meanwhile
             tx.change("image", image_id, lambda old: without_to_remove(Image(old), removed).element)  # noqa: B023
             continue
