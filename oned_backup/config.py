@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from oned_backup.places import SOCKET, default_run_dir, default_state_dir, setti
 _DAY_S = 86_400
 
 
+@cache
 def builtin_driver_dirs() -> tuple[Path, ...]:
     """The drivers that came with this program: a checkout's, or those of the installation."""
     checkout = Path(__file__).resolve().parent.parent / "drivers"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -13,6 +15,18 @@ from oned_backup.store.schema import backups
 
 #: more than can be read before it is looked again
 _MOST_DUE = 10_000
+
+
+# Built once: making a statement takes longer than running it.
+_GET = sa.select(backups).where(backups.c.backup_id == sa.bindparam("this"))
+_NEW = backups.insert()
+_DOUBLE = sa.select(backups.c.backup_id).where(
+    (backups.c.backup_id == sa.bindparam("this"))
+    | (
+        (backups.c.image_id == sa.bindparam("of_image"))
+        & (backups.c.increment_id == sa.bindparam("increment"))
+    )
+)
 
 
 class BackupState(StrEnum):
@@ -83,22 +97,23 @@ class Backups:
     def add_backup(self, backup: Backup) -> None:
         """Record a restore point; `Conflict` if the backup or the image's increment is known already."""
         with self._session.write() as connection:
-            query = sa.select(backups.c.backup_id).where(
-                (backups.c.backup_id == backup.backup_id)
-                | ((backups.c.image_id == backup.image_id) & (backups.c.increment_id == backup.increment_id))
-            )
-            known = connection.execute(query).scalar()
+            this = {
+                "this": backup.backup_id,
+                "of_image": backup.image_id,
+                "increment": backup.increment_id,
+            }
+            known = connection.execute(_DOUBLE, this).scalar()
             if known is not None:
                 raise Conflict(
                     f"backup {backup.backup_id}, increment {backup.increment_id} of image"
                     f" {backup.image_id}: {known} is recorded already"
                 )
-            connection.execute(backups.insert().values(**vars(backup)))
+            connection.execute(_NEW, vars(backup))
 
     def backup(self, backup_id: str) -> Backup:
         """The restore point; `NotFound` if there is none."""
         with self._session.read() as connection:
-            row = connection.execute(sa.select(backups).where(backups.c.backup_id == backup_id)).one_or_none()
+            row = connection.execute(_GET, {"this": backup_id}).one_or_none()
         if row is None:
             raise NotFound(f"there is no backup {backup_id[:80]}")
         return _backup(row)
@@ -112,13 +127,10 @@ class Backups:
         state: BackupState | None = None,
     ) -> list[Backup]:
         """The restore points that match, by image and increment."""
-        wanted = {"image_id": image_id, "vm_id": vm_id, "datastore_id": datastore_id, "state": state}
-        query = sa.select(backups)
-        for name, value in wanted.items():
-            if value is not None:
-                query = query.where(backups.c[name] == value)
+        given = {"image_id": image_id, "vm_id": vm_id, "datastore_id": datastore_id, "state": state}
+        wanted = {f"of_{name}": value for name, value in given.items() if value is not None}
         with self._session.read() as connection:
-            found = [_backup(row) for row in connection.execute(query)]
+            found = [_backup(row) for row in connection.execute(_search(tuple(wanted)), wanted)]
         return sorted(found, key=lambda backup: (backup.image_id, backup.increment_id))
 
     def points_of_vms(self, vm_id: int | None = None) -> dict[int, Points]:
@@ -204,6 +216,12 @@ class Backups:
         """Remove the row; no error if there is none."""
         with self._session.write() as connection:
             connection.execute(backups.delete().where(backups.c.backup_id == backup_id))
+
+
+@cache
+def _search(names: tuple[str, ...]) -> sa.Select[Any]:
+    query = sa.select(backups)
+    return query.where(*(backups.c[name.removeprefix("of_")] == sa.bindparam(name) for name in names))
 
 
 def _of_vm(vm_id: int | None) -> tuple[sa.ColumnElement[bool], ...]:

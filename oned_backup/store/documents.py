@@ -42,6 +42,7 @@ class Versioned:
 _THIS = (documents.c.kind == sa.bindparam("of_kind")) & (documents.c.id == sa.bindparam("this"))
 _GET = sa.select(documents.c.xml, documents.c.version).where(_THIS)
 _CHANGE = documents.update().where(_THIS)
+_UPDATE = _CHANGE.where(documents.c.version == sa.bindparam("read"))
 _NEW = documents.insert()
 _NEXT_ID = (
     sqlite.insert(sequences)
@@ -117,15 +118,8 @@ class Documents:
         row = {"kind": kind, "id": document_id, **_columns(kind, document_id, element)}
         with self._session.write() as connection:
             _refuse_double(connection, row)
-            changed = connection.execute(
-                documents.update()
-                .where(
-                    documents.c.kind == kind,
-                    documents.c.id == document_id,
-                    documents.c.version == version,
-                )
-                .values(**row, version=version + 1)
-            )
+            this = {"of_kind": kind, "this": document_id, "read": version}
+            changed = connection.execute(_UPDATE, {**this, **row, "version": version + 1})
             if changed.rowcount != 1:
                 _refuse_stale(connection, kind, document_id, version)
         return Versioned(element, version + 1)

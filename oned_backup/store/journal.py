@@ -346,19 +346,24 @@ class Journal:
         limit: int | None = None,
     ) -> list[Operation]:
         """The operations that match, newest first, at most `limit`."""
-        wanted = {
+        given = {
             "state": state,
             "kind": kind,
             "vm_id": vm_id,
             "image_id": image_id,
             "datastore_id": datastore_id,
         }
-        query = sa.select(operations).order_by(operations.c.sequence.desc()).limit(limit)
-        for name, value in wanted.items():
-            if value is not None:
-                query = query.where(operations.c[name] == value)
+        wanted = {f"of_{name}": value for name, value in given.items() if value is not None}
+        query = _search(tuple(wanted))
         with self._session.read() as connection:
-            return [_operation(row) for row in connection.execute(query)]
+            found = connection.execute(query if limit is None else query.limit(limit), wanted)
+            return [_operation(row) for row in found]
+
+
+@cache
+def _search(names: tuple[str, ...]) -> sa.Select[Any]:
+    query = sa.select(operations).order_by(operations.c.sequence.desc())
+    return query.where(*(operations.c[name.removeprefix("of_")] == sa.bindparam(name) for name in names))
 
 
 def _first_allowed(
