@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import uvicorn
 
+from oned_backup import __version__
 from oned_backup.api.app import make_app
 from oned_backup.daemon.service import Service
 from oned_backup.errors import Conflict, Misconfigured
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 64
 
@@ -20,6 +24,7 @@ _BACKLOG = 64
 def serve(service: Service) -> bool:
     """Run until told to stop; whether everything had ended in time."""
     listener = _listen(service.settings.socket)
+    logger.info("oned-backup %s: listening on %s", __version__, service.settings.socket)
     config = uvicorn.Config(
         make_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )

@@ -10,7 +10,8 @@ from typing import Any
 from oned_backup.daemon.progress import Progress
 from oned_backup.daemon.requests import waits_for
 from oned_backup.daemon.service import Service
-from oned_backup.errors import DataCorrupt, NotFound
+from oned_backup.daemon.telling import name_of
+from oned_backup.errors import DataCorrupt
 from oned_backup.model.backup_config import BackupConfig
 from oned_backup.model.datastore import Datastore, masked
 from oned_backup.model.host import Host
@@ -243,16 +244,9 @@ def failed_row(store: Store, operation: Operation) -> JSON:
     """An operation in a list, with the name of its VM and what is to be told of it if it failed."""
     return {
         **operation_row(operation),
-        "vm_name": _vm_name(store, operation.vm_id),
+        "vm_name": "" if operation.vm_id is None else name_of(store, "vm", operation.vm_id),
         "failure": _failure_view(operation, store.journal.steps(operation.id)),
     }
-
-
-def _vm_name(store: Store, vm_id: int | None) -> str:
-    try:
-        return "" if vm_id is None else Vm(store.get("vm", vm_id).element).name
-    except NotFound:  # forgotten since
-        return ""
 
 
 def _failure_view(operation: Operation, steps: Sequence[Step]) -> JSON | None:

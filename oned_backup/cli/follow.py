@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from oned_backup.cli.client import Client, error_from
-from oned_backup.cli.output import duration, print_json, say, size, warn
+from oned_backup.cli.output import complain, duration, print_json, say, size, warn
 from oned_backup.errors import OnedBackupError, Salvaged
 
 #: no bar for what is over sooner
@@ -63,8 +63,47 @@ def conclude(client: Client, operation: JSON, *, wait: bool, as_json: bool, show
         )
 
 
-def follow(client: Client, operation: JSON, *, quiet: bool = False) -> JSON:
-    """The operation once it has ended. Interrupting the command leaves the operation running."""
+def conclude_many(
+    client: Client, begin: Sequence[tuple[str, Callable[[], JSON]]], *, wait: bool, as_json: bool, show: Show
+) -> None:
+    """Begin all, then wait for each (or not); one that fails keeps no other from it. JSON is a list.
+
+    `begin`: of each its name, and what queues it. If some failed an error is raised in the end, of the
+    kind of their errors if that is one.
+    """
+    failed: list[OnedBackupError] = []
+
+    @contextmanager
+    def going_on(name: str) -> Iterator[None]:
+        try:
+            yield
+        except OnedBackupError as error:
+            complain(f"{name}: {error.message}", error.hint)
+            failed.append(error)
+
+    begun: list[tuple[str, JSON]] = []
+    for name, queue in begin:
+        with going_on(name):
+            begun.append((name, queue()))
+    views = []
+    for name, operation in begun:
+        with going_on(name):
+            if not as_json:
+                conclude(client, operation, wait=wait, as_json=False, show=show)
+                continue
+            views.append(follow(client, operation) if wait else operation)
+            if wait and views[-1]["state"] != "DONE":
+                raise failure_of(views[-1])
+    if as_json:
+        print_json(views)
+    if failed:
+        kinds = {type(error) for error in failed}
+        kind = kinds.pop() if len(kinds) == 1 else OnedBackupError
+        raise kind(f"{len(failed)} of {len(begin)} failed", hint="See `oned-backup operation list --failed`.")
+
+
+def follow(client: Client, operation: JSON, *, quiet: bool = False, goes_on: bool = True) -> JSON:
+    """The operation once it has ended. Interrupting the command cancels it unless it `goes_on`."""
     try:
         with _bar(quiet=quiet) as update:
             view, version = operation, 0
@@ -74,6 +113,9 @@ def follow(client: Client, operation: JSON, *, quiet: bool = False) -> JSON:
                 update(view)
             return view
     except KeyboardInterrupt:
+        if not goes_on:
+            client.post(f"operations/{operation['id']}/cancel")
+            raise
         warn(f"{operation['kind']} {operation['id']} goes on in the daemon")
         warn(f"  oned-backup operation show {operation['id']} --wait    oned-backup operation cancel …")
         raise

@@ -276,7 +276,12 @@ def download(
 ) -> None:
     """Restore one disk by its pseudo-URL, or all files of a restore point side by side."""
     whole = is_restore_point(url)
-    if not whole and target == "-":
+    if whole and target == "-":
+        raise InvalidInput(
+            f"restore point {url} is several files: name a directory",
+            hint="`image ls` has the pseudo-URL of each disk; one disk may go to standard output.",
+        )
+    if target == "-":
         _download_to_stdout({"url": url, "format": image_format, "salvage": salvage})
         return
     api = client()
@@ -304,7 +309,8 @@ def _download_to_stdout(body: Mapping[str, Any]) -> None:
         trouble: list[OSError] = []
         copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended, trouble), daemon=True)
         copier.start()
-        finished = follow.follow(api, operation, quiet=sys.stdout.isatty())
+        # Once this command is gone, nobody reads what the operation writes.
+        finished = follow.follow(api, operation, quiet=sys.stdout.isatty(), goes_on=False)
         ended.set()
         copier.join()
         if trouble:

@@ -5,6 +5,7 @@ ODB_DEBUG=1 shows tracebacks. Exit codes: those of `oned_backup.errors`; 130 aft
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from oned_backup import __version__
-from oned_backup.cli import datastore, driver, host, image, operation, session, system, vm
-from oned_backup.errors import InvalidInput, OnedBackupError
+from oned_backup.cli import datastore, driver, host, image, operation, output, session, system, vm
+from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
 
 app = typer.Typer(
     help="Incremental backup and proved restore of KVM/libvirt virtual machines.",
@@ -105,10 +106,11 @@ def _complain(error: Exception) -> int:
             return InvalidInput.exit_code
         path = "oned-backup" if where is None else where.command_path
         text, hint, code = error.format_message().rstrip("."), f"See: {path} --help", InvalidInput.exit_code
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"{error.filename or 'standard output'}: {error.strerror}"
+        hint, code = None, NoSpace.exit_code
     else:
         text = f"internal error: {type(error).__name__}: {error}"
         hint, code = "ODB_DEBUG=1 shows where.", OnedBackupError.exit_code
-    sys.stderr.write(f"oned-backup: {' '.join(text.split())}\n")
-    if hint:
-        sys.stderr.write(f"  {hint}\n")
+    output.complain(text, hint)
     return code

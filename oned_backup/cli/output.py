@@ -29,6 +29,13 @@ def warn(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
+def complain(text: str, hint: str | None) -> None:
+    """An error on stderr: one line, and what to do on a second."""
+    warn(f"oned-backup: {' '.join(text.split())}")
+    if hint:
+        warn(f"  {hint}")
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
     """A table on stdout (see `table_lines`), as wide as the terminal; 80 columns or more elsewhere."""
     if not rows:

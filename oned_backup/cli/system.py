@@ -32,7 +32,6 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_settings(settings_file()).settings
     service = Service.open(settings)
-    logging.getLogger("oned_backup").info("listening on %s", settings.socket)
     if not serve_api(service):
         output.warn("some operations did not end in time: the next start brings them to an end")
         sys.stderr.flush()
@@ -83,7 +82,7 @@ def show(*, json: Json = False) -> None:
         return
     output.say(f"# {loaded.file}{'' if loaded.file_exists else ' (not there: all defaults)'}")
     for key, value, origin in loaded.rows():
-        output.say(f"{key} = {_toml(value):<32} # {origin}")
+        output.say(f"{f'{key} = {_toml(value)}':<42} # {origin}")
 
 
 def _toml(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from oned_backup.cli import follow, output
 from oned_backup.cli.client import Client
 from oned_backup.cli.operation import failure_fields
 from oned_backup.cli.session import Json, Wait, client, key_values
+from oned_backup.errors import InvalidInput
 
 app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
 
@@ -161,21 +163,36 @@ def configure(
 
 @app.command()
 def backup(
-    ref: _Ref,
-    datastore: Annotated[str | None, typer.Option("-d", "--datastore", help="Id or name.")] = None,
+    refs: Annotated[list[str] | None, typer.Argument(metavar="[VM]…", help="Ids or names.")] = None,
+    datastore: Annotated[
+        str | None, typer.Option("-d", "--datastore", help="Id or name; a chain goes on where it is.")
+    ] = None,
     *,
+    every: Annotated[bool, typer.Option("--all", help="All VMs that are on a host.")] = False,
     reset: Annotated[bool, typer.Option("--reset", help="Begin a new chain.")] = False,
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Back up a VM, running or off."""
+    """Back up VMs, running or off: several side by side, as far as the daemon's limits let them.
+
+    If some of several fail, the others are backed up all the same.
+    """
+    if every == bool(refs):
+        raise InvalidInput("name the VMs to back up, or use --all")
     api = client()
     body = {
         "reset": reset,
         "datastore_id": None if datastore is None else api.resolve("datastore", datastore),
     }
-    operation = api.post(f"vms/{api.resolve('vm', ref)}/backup", body)
-    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_backup)
+    if not every and len(refs or ()) == 1:
+        operation = api.post(f"vms/{api.resolve('vm', refs[0] if refs else '')}/backup", body)
+        follow.conclude(api, operation, wait=wait, as_json=json, show=_show_backup)
+        return
+    vm_ids = [api.resolve("vm", ref) for ref in refs or ()]
+    if every:
+        vm_ids = [vm["id"] for vm in api.get("vms") if vm["host_id"] >= 0 and vm["state"] != "DONE"]
+    begin = [(f"VM {vm_id}", partial(api.post, f"vms/{vm_id}/backup", body)) for vm_id in vm_ids]
+    follow.conclude_many(api, begin, wait=wait, as_json=json, show=_show_backup)
 
 
 def _show_backup(operation: Mapping[str, Any]) -> None:

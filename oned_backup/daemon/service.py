@@ -8,7 +8,6 @@ One daemon per state directory: the store locks its file.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 from oned_backup.config import Settings
 from oned_backup.daemon.metrics import Metrics
 from oned_backup.daemon.progress import ProgressBoard
+from oned_backup.daemon.telling import named, outcome
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
 from oned_backup.operations import prune, scrub
 from oned_backup.operations.context import Context, describe
@@ -168,7 +168,7 @@ class Service:
     def _recover(self) -> None:
         try:
             for operation in recover(self.services):
-                logger.warning("recovered %s %s: %s", operation.kind, operation.id, operation.state)
+                logger.warning("recovered %s: %s", named(self.services.store, operation), outcome(operation))
                 self.metrics.observe(operation)
                 self.board.changed(operation.id, ended=True)
             self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
@@ -273,33 +273,33 @@ class Service:
     def _run(self, operation: Operation) -> None:
         """Run one operation to its end: the top of a worker, where everything is caught."""
         cancellation = self._running[operation.id]
+        name = named(self.services.store, operation)
         context = Context(
             self.services,
             operation,
             cancellation=cancellation,
             report=lambda step, done, total: self.board.report(operation.id, step, done, total),
-            log=lambda level, line: self._log(operation, level, line),
+            log=lambda level, line: self._log(operation.id, name, level, line),
         )
+        logger.info("%s: begins", name)
         try:
             if self.services.store.journal.get(operation.id).cancel_requested:
                 cancellation.cancel()
             with held(self.settings.run_dir, operation.id) as context.lock_fd:
                 state = run_operation(KINDS[operation.kind], context)
-            self._tell(self.services.store.journal.get(operation.id))
+            self._tell(self.services.store.journal.get(operation.id), name)
             if state is OperationState.QUEUED:
                 self._look_again_at(self.services.store.journal.get(operation.id).not_before)
             elif state is OperationState.CANCELLED and self._stopping:  # perhaps it was not the user
                 queue_again(self.services, self.services.store.journal.get(operation.id))
         except Exception as error:
-            logger.exception("%s %s", operation.kind, operation.id)
+            logger.exception("%s", name)
             self._give_up(operation, error)
 
-    def _tell(self, operation: Operation) -> None:
+    def _tell(self, operation: Operation, name: str) -> None:
         """Enter how an operation stands after it ran into log and metrics."""
         told = logging.WARNING if operation.state is OperationState.FAILED else logging.INFO
-        error = json.loads(operation.error)["message"] if operation.error else ""
-        text = f"{operation.kind} {operation.id}: {operation.state}{f': {error}' if error else ''}"
-        logger.log(told, "%s", text)
+        logger.log(told, "%s: %s", name, outcome(operation))
         self.metrics.observe(operation)
 
     def _give_up(self, operation: Operation, error: Exception) -> None:
@@ -321,9 +321,9 @@ class Service:
                 continue
             del self._unended[operation_id]
 
-    def _log(self, operation: Operation, level: int, line: str) -> None:
-        logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", operation.id, line)
-        self.board.log(operation.id, line, warning=level <= _WARNING)
+    def _log(self, operation_id: str, name: str, level: int, line: str) -> None:
+        logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", name, line)
+        self.board.log(operation_id, line, warning=level <= _WARNING)
 
     def _look(self) -> None:
         """Have the workers look at the queue: something may run that could not before."""

@@ -67,7 +67,7 @@ def test_settings_with_origins(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert run(["config", "show"]) == 0
     shown = capsys.readouterr().out
     assert f'state_dir = "{tmp_path}/state"' in shown
-    assert "workers = 4                                # default" in shown
+    assert f"{'workers = 4':<42} # default" in shown
 
 
 def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,3 +68,34 @@ def test_metrics_tell_of_every_vm_and_a_broken_point_proves_nothing(stack: Stack
 def test_a_driver_that_waits_says_why_in_the_progress() -> None:
     view = {"kind": "backup", "progress": {"message": "bk: connection lost; the next attempt is in 4 s"}}
     assert _description(view, "STORE") == ("backup: storing: bk: connection lost; the next attempt is in 4 s")
+
+
+def test_the_log_names_vm_and_operation_on_one_line_each(stack: Stack) -> None:
+    done = stack.ok("vm", "backup", "web", "--json").json
+    stack.store.rename(stack.store.with_name("away"))
+    failed = stack("vm", "backup", "db")
+    log = stack.daemon.log.read_text()
+    name = f"backup {done['id']} of VM 1 (web)"
+    assert re.search(rf" INFO {re.escape(name)}: begins$", log, re.MULTILINE), log
+    assert re.search(
+        rf" INFO {re.escape(name)}: DONE in \d+\.\d s: .*image_id=0 increment_id=0 .*type=FULL", log
+    ), log
+    assert re.search(r" WARNING backup op-\w+ of VM 0 \(db\): FAILED in \d+\.\d s: .* is not there", log), log
+    assert failed.code == 69
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ ", line) for line in log.splitlines()), (
+        log
+    )
+
+
+def test_several_vms_are_backed_up_and_one_that_fails_keeps_no_other_from_it(stack: Stack) -> None:
+    both = stack.ok("vm", "backup", "--all", "--json").json
+    assert [(one["vm_id"], one["state"]) for one in both] == [(0, "DONE"), (1, "DONE")]
+    assert "VM 1: image 1, increment 1" in stack.ok("vm", "backup", "db", "web").out
+    stack.disk("db").unlink()
+    partly = stack("vm", "backup", "--all")
+    assert "VM 1: image 1, increment 2" in partly.out
+    assert partly.code != 0
+    assert "oned-backup: VM 0: " in partly.err
+    assert "oned-backup: 1 of 2 failed" in partly.err
+    assert stack("vm", "backup").code == 2
+    assert stack("vm", "backup", "web", "--all").code == 2

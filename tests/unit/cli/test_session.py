@@ -67,6 +67,20 @@ def test_download_to_file_and_stdout(stack: Stack, tmp_path: Path) -> None:
     assert streamed.stdout == expected
 
 
+def test_a_download_to_standard_output_ends_with_the_command(stack: Stack) -> None:
+    stack.ok("vm", "backup", "db")
+    (disk,) = stack.ok("image", "ls", "0", "--json").json
+    program = [sys.executable, "-m", "oned_backup", "--config", str(stack.daemon.config)]
+    with subprocess.Popen([*program, "download", disk["url"], "-"], stdout=subprocess.PIPE) as streaming:
+        assert streaming.stdout is not None
+        assert streaming.stdout.read(1)  # the rest is more than a pipe holds, and nobody reads it
+        streaming.send_signal(signal.SIGINT)
+        assert streaming.wait(30) == 130
+    (operation,) = stack.ok("operation", "list", "--limit", "1", "--json").json
+    ended = stack("operation", "show", operation["id"], "--wait", "--json").json
+    assert (ended["kind"], ended["state"]) == ("download", "CANCELLED")
+
+
 def test_damage_is_found_named_and_ends_the_chain(stack: Stack, tmp_path: Path) -> None:
     stack.ok("vm", "backup", "web")
     (stored,) = stack.store.glob("*/2*/disk.0.0")
@@ -181,6 +195,7 @@ def test_nothing_to_cancel(shared: Stack) -> None:
         (["datastore", "create", "x", "--driver", "tape"], 66, "no datastore driver 'tape'"),
         (["datastore", "create", "x", "--driver", "fs", "BASE_PATH=/nowhere/at/all"], 69, "is not there"),
         (["download", "nonsense", "/nowhere/x"], 2, "not a pseudo-URL"),
+        (["download", "0:1", "-"], 2, "is several files"),
         (["operation", "show", "op-none"], 66, "there is no operation op-none"),
         (["image", "restore", "9", "--to", "/nowhere/x"], 66, "there is no image 9"),
         (["host", "add", "x", "--uri", "dummy:///none", "--vmm", "dummy", "--tm", "dummy"], 69, "not there"),
