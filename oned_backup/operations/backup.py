@@ -67,7 +67,7 @@ from oned_backup.operations.moving import refreshed
 from oned_backup.operations.services import NEW_ID, Services, new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.stored import stored_vm_id
-from oned_backup.store import BackupState, OperationState
+from oned_backup.store import BackupState, OperationState, Transaction
 
 #: the domain changed its state between PLAN and PREPARE: plan again so often
 _MOST_REPLANS = 3
@@ -77,16 +77,16 @@ _THAW_S = 8
 def _plan(context: Context) -> Mapping[str, Any]:
     services = context.services
     vm_id = context.integer("vm_id")
-    # An earlier attempt, or a daemon that died, may have left it in BACKUP: the lock says it is ours.
-    services.store.change("vm", vm_id, lambda element: backup_ended(Vm(element)).element)
     before = services.vm(vm_id)
+    if before.in_backup:  # by an earlier attempt, or a daemon that died: the lock says it is ours
+        before = Vm(services.store.change("vm", vm_id, lambda element: backup_ended(Vm(element)).element))
     chain = _choose_chain(context, before)
     context.caller.start_ahead(
         Kind.TM, before.tm_mad, _live_name("pre_backup", live=before.state == VmState.ACTIVE)
     )
     with ThreadPoolExecutor(1) as beside:
         asked = beside.submit(inventory.free_mb, services, chain.datastore_id, context.caller)
-        vm, state, moved = refreshed(services, context.caller, vm_id)
+        vm, state, moved = refreshed(services, context.caller, before)
         free_mb = asked.result()
     if moved:
         context.note(moved)
@@ -99,10 +99,16 @@ def _plan(context: Context) -> Mapping[str, Any]:
     if not included:
         reasons = "; ".join(entry.text for entry in excluded) or "it has none"
         raise InvalidInput(f"VM {vm_id} ({vm.name}) has no disk to back up: {reasons}")
-    plan = _decide(context, vm, chain, live=state is not DomainState.OFF)
-    _check_room(context, vm, plan, free_mb)
-    services.store.change("vm", vm_id, lambda element: backup_begun(Vm(element)).element)
+    with services.store.view() as view:
+        images = [Image(view.get("image", image_id).element) for image_id in vm.backup_ids]
+        datastore = Datastore(view.get("datastore", chain.datastore_id).element)
+    plan = _decide(context, vm, chain, images, datastore, live=state is not DomainState.OFF)
+    _check_room(vm, plan, images, datastore, free_mb)
     return {"plan": asdict(plan)}
+
+
+def _begin(context: Context, tx: Transaction) -> None:
+    tx.change("vm", context.integer("vm_id"), lambda element: backup_begun(Vm(element)).element)
 
 
 def _live_name(action: str, *, live: bool) -> str:
@@ -112,10 +118,10 @@ def _live_name(action: str, *, live: bool) -> str:
 def _choose_chain(context: Context, vm: Vm) -> ChainPlan:
     """Which chain and datastore; known from the catalogue alone."""
     services = context.services
-    with services.store.transaction() as tx:  # a merge may switch the catalogue meanwhile
-        images = {image_id: Image(tx.get("image", image_id).element) for image_id in vm.backup_ids}
-        stores = [Datastore(entry.element) for entry in tx.find("datastore")]
-        good = {row.backup_id for row in tx.backups(vm_id=vm.id, state=BackupState.GOOD)}
+    with services.store.view() as view:  # a merge may switch the catalogue meanwhile
+        images = {image_id: Image(view.get("image", image_id).element) for image_id in vm.backup_ids}
+        stores = [Datastore(entry.element) for entry in view.find("datastore")]
+        good = {row.backup_id for row in view.backups(vm_id=vm.id, state=BackupState.GOOD)}
     chain = plan_chain(
         vm.config,
         images,
@@ -136,14 +142,15 @@ def _choose_chain(context: Context, vm: Vm) -> ChainPlan:
     return chain
 
 
-def _decide(context: Context, vm: Vm, chain: ChainPlan, *, live: bool) -> BackupPlan:
+def _decide(
+    context: Context, vm: Vm, chain: ChainPlan, images: list[Image], datastore: Datastore, *, live: bool
+) -> BackupPlan:
     services = context.services
     store = services.store
-    images = {image_id: services.image(image_id) for image_id in vm.backup_ids}
-    driver = services.driver(Kind.DATASTORE, services.datastore(chain.datastore_id).ds_mad)
+    driver = services.driver(Kind.DATASTORE, datastore.ds_mad)
     now = services.clock()
     backup_id = new_backup_id(now)
-    parent = last_good_parent(vm.config, images)
+    parent = last_good_parent(vm.config, {image.id: image for image in images})
     tracked = chain.full_reason is None or chain.full_reason.value != "full-mode"
     return BackupPlan(
         vm_id=vm.id,
@@ -161,13 +168,10 @@ def _decide(context: Context, vm: Vm, chain: ChainPlan, *, live: bool) -> Backup
     )
 
 
-def _check_room(context: Context, vm: Vm, plan: BackupPlan, free_mb: int) -> None:
+def _check_room(vm: Vm, plan: BackupPlan, images: list[Image], datastore: Datastore, free_mb: int) -> None:
     """Refuse a backup that the datastore cannot take."""
-    services = context.services
-    datastore = services.datastore(plan.datastore_id)
     history: dict[str, int] = {}
-    for image_id in vm.backup_ids:
-        image = services.image(image_id)
+    for image in images:
         sizes = [(entry.type.value, entry.size_mb) for entry in image.increments]
         for kind, size_mb in sizes or [("FULL", image.size_mb)]:
             history[kind] = max(history.get(kind, 0), size_mb)
@@ -236,6 +240,7 @@ def _store(context: Context) -> Mapping[str, Any]:
     plan = plan_of(context)
     exports = exports_of(context)
     services = context.services
+    vm = services.vm(plan.vm_id)
     continues = exports is not None and exports.type is BackupType.INCREMENT
     image = services.image(plan.image_id) if continues and plan.image_id is not None else None
     backup = plan.backup(_chain_id(context, plan) if image is not None else plan.backup_id)
@@ -247,15 +252,13 @@ def _store(context: Context) -> Mapping[str, Any]:
             date=plan.date,
             checkpoint=plan.checkpoint,
         )
-    context.caller.start_ahead(
-        Kind.TM, services.vm(plan.vm_id).tm_mad, _live_name("post_backup", live=plan.live)
-    )
+    context.caller.start_ahead(Kind.TM, vm.tm_mad, _live_name("post_backup", live=plan.live))
     try:
         answer = context.backup_caller(plan.transfer).datastore(
             "backup",
             services.datastore(plan.datastore_id),
             backup=backup,
-            vm=services.vm(plan.vm_id).element,
+            vm=vm.element,
             image=None if image is None else image.element,
             exports=exports,
             options={**_options(context, plan), **NEW_ID},  # chosen by this attempt's PLAN
@@ -271,7 +274,7 @@ def _store(context: Context) -> Mapping[str, Any]:
     return {
         "size_mb": _number(answer, "SIZE_MB"),
         "format": answer["FORMAT"],
-        "manifest": _manifest(answer, plan) or _manifest_without_files(context, backup, exports),
+        "manifest": _manifest(answer, plan) or _manifest_without_files(context, vm, backup, exports),
     }
 
 
@@ -288,7 +291,7 @@ def _manifest(answer: Mapping[str, str], plan: BackupPlan) -> str:
     return text
 
 
-def _manifest_without_files(context: Context, backup: Backup, exports: Exports | None) -> str:
+def _manifest_without_files(context: Context, vm: Vm, backup: Backup, exports: Exports | None) -> str:
     """What the catalogue keeps of a backup whose driver tells no manifest: all but the stored files."""
     if exports is None:
         raise DriverBug("a backup without EXPORTS cannot be described")
@@ -298,7 +301,7 @@ def _manifest_without_files(context: Context, backup: Backup, exports: Exports |
         operation_id=context.operation.id,
         operation_kind=context.operation.kind,
         backup=backup,
-        vm=context.services.vm(plan.vm_id).element,
+        vm=vm.element,
         options=_options(context, plan),
     )
     return json.dumps(json.loads(dump_manifest(manifest_of(request, exports, ()))), separators=(",", ":"))
@@ -474,7 +477,7 @@ def _ended(context: Context, state: OperationState, error: OnedBackupError | Non
 BACKUP = OperationKind(
     name="backup",
     steps=(
-        Step("PLAN", do=_plan),
+        Step("PLAN", do=_plan, record=_begin),
         Step("PREPARE", do=_prepare, undo=Undo("CLEAN", _clean_after_failure, urgent=True)),
         Step("STORE", do=_store, undo=Undo("DISCARD", _discard)),
         Step("RECORD", record=record.record_backup, commits=True),

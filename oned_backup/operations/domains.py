@@ -79,14 +79,13 @@ def list_domains(caller: Caller, host: Host) -> tuple[DomainSummary, ...]:
     )
 
 
-def refresh_vm(services: Services, caller: Caller, vm_id: int) -> tuple[Vm, DomainState]:
+def refresh_vm(services: Services, caller: Caller, vm: Vm) -> tuple[Vm, DomainState]:
     """The VM with its document brought up to date from its host, and its domain's state."""
-    vm = services.vm(vm_id)
     view = look_up_domain(caller, services.host(vm.host_id), vm.uuid)
     now = int(services.clock())
     synced = services.store.change(
         "vm",
-        vm_id,
+        vm.id,
         lambda element: sync_domain(Vm(element), view.xml, view.state, view.capacity_bytes, date=now).element,
     )
     return Vm(synced), view.state

@@ -133,14 +133,13 @@ class _Walk:
     def _effect(self, step: Step, number: int) -> None:
         context = self.context
         store = context.services.store
+        outcome = dict(step.do(context) or {}) if step.do is not None else {}
         if step.record is not None:
             with store.transaction() as tx:
-                outcome = dict(step.record(context, tx) or {})
+                outcome |= step.record(context, tx) or {}
                 self._reach(step.name, "acted")
                 tx.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
         else:
-            assert step.do is not None, step.name  # noqa: S101 - a Step has one of the two
-            outcome = dict(step.do(context) or {})
             self._reach(step.name, "acted")
             store.journal.end_step(context.operation.id, number, StepState.DONE, outcome)
         self._reach(step.name, "ended")

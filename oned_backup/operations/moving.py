@@ -75,12 +75,11 @@ def move(services: Services, vm_id: int, home: Host) -> Vm:
     return Vm(moved)
 
 
-def refreshed(services: Services, caller: Caller, vm_id: int) -> tuple[Vm, DomainState, str]:
+def refreshed(services: Services, caller: Caller, before: Vm) -> tuple[Vm, DomainState, str]:
     """As `domains.refresh_vm`, wherever the VM lives by now; what is to be told of its move, if it moved."""
-    before = services.vm(vm_id)
     trouble: OnedBackupError | None = None
     try:
-        vm, state = refresh_vm(services, caller, vm_id)
+        vm, state = refresh_vm(services, caller, before)
         if state is not DomainState.OFF:
             return vm, state, ""
     except (NotFound, Unavailable) as error:
@@ -90,6 +89,5 @@ def refreshed(services: Services, caller: Caller, vm_id: int) -> tuple[Vm, Domai
         if trouble is not None:
             raise trouble
         return vm, state, ""
-    move(services, vm_id, home)
-    vm, state = refresh_vm(services, caller, vm_id)
+    vm, state = refresh_vm(services, caller, move(services, before.id, home))
     return vm, state, f"the VM has moved from host {before.host_name} to {home.name}"

@@ -29,7 +29,8 @@ def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
     if exports is None:
         raise DriverBug("a backup without EXPORTS cannot be recorded")
     size_mb = int(context.facts["size_mb"])
-    vm = Vm(tx.get("vm", plan.vm_id).element)
+    stored = tx.get("vm", plan.vm_id)
+    vm = Vm(stored.element)
     if exports.type is BackupType.INCREMENT and plan.image_id is not None:
         image_id, increment_id = _add_increment(tx, plan, exports, size_mb)
     else:
@@ -49,12 +50,7 @@ def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
     config = vm.config.without_chain()
     if plan.checkpoint and config.mode is Mode.INCREMENT:
         config = replace(config, incremental_backup_id=image_id, last_increment_id=increment_id)
-    tx.update(
-        "vm",
-        vm.id,
-        tx.get("vm", vm.id).version,
-        with_config(with_backup(vm, image_id), config).element,
-    )
+    tx.update("vm", vm.id, stored.version, with_config(with_backup(vm, image_id), config).element)
     return {"image_id": image_id, "increment_id": increment_id}
 
 

@@ -49,9 +49,9 @@ class Undo:
 
 @dataclass(frozen=True)
 class Step:
-    """One effect of an operation. Exactly one of `do` and `record` is there.
+    """One effect of an operation: `do`, `record`, or the one after the other.
 
-    `record` runs inside a transaction that also carries its outcome in the
+    `record` runs inside a transaction that also carries the step's outcome in the
     journal, so both are there or neither. `intend` returns what must be known to undo.
     """
 

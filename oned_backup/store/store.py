@@ -64,6 +64,12 @@ class Store(Documents, Backups):
         with self._database.write() as connection:
             yield Transaction(_Joined(connection, self._database.now))
 
+    @contextmanager
+    def view(self) -> Iterator[Transaction]:
+        """One committed state of everything, to read several things from; writing in it is a mistake."""
+        with self._database.read() as connection:
+            yield Transaction(_Viewed(connection, self._database.now))
+
     def close(self) -> None:
         """Close it; another process may open it then."""
         self._database.close()
@@ -94,6 +100,15 @@ class _Joined:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         yield self._connection
+
+
+class _Viewed(_Joined):
+    """A session that only reads."""
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        raise RuntimeError("this is a view: use a transaction to write")
+        yield
 
 
 def _installation(database: Database) -> str:
