@@ -7,6 +7,7 @@ import re
 from oned_backup.errors import InvalidInput
 
 _NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,63}")
+_IN_JOB = re.compile(r"(job_\d{1,9})\.[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)
 _INSTALLATION = re.compile(r"[0-9a-f]{8}")
 
 #: every checkpoint, bitmap and file that we leave on a hypervisor begins with this
@@ -37,3 +38,9 @@ def checkpoint_name(installation: str, backup_id: str) -> str:
 def is_own_checkpoint(name: str, installation: str) -> bool:
     """Whether a checkpoint or bitmap was made by this installation."""
     return name.startswith(f"{CHECKPOINT_PREFIX}{installation}-")
+
+
+def job_repository(backup_id: str) -> str:
+    """OpenNebula's repository of a backup job (`job_12`) that a backup lies in; empty for all others."""
+    found = _IN_JOB.fullmatch(backup_id)
+    return found[1] if found else ""

@@ -1,7 +1,7 @@
 """Which restore points of a VM are kept, and why; what is done about the others.
 
 A point is kept if *any* rule keeps it. The rules count good points only, newest first, over
-all chains and full backups of the VM:
+all chains and full backups of the VM in one datastore; each datastore is counted for itself:
 
     pinned          somebody said so
     newest          the newest good point: whatever the settings are, it is never deleted;
@@ -13,6 +13,7 @@ all chains and full backups of the VM:
     damaged         a broken point that is not older than the oldest point kept: verification may
                     find it whole again. It never counts, so it pushes no good one out
     continued       cannot go, because what is kept continues it and they cannot be merged
+    imported        is in a datastore that holds nothing of the VM but what was imported
 
 Without any setting all points are kept. Days, weeks, months and years are those of one
 time zone, the host's own unless another is given.
@@ -45,6 +46,8 @@ class Point:
     size_mb: int = 0
     good: bool = True
     pinned: bool = False
+    #: the datastore that keeps it
+    store: int = 0
 
     @property
     def key(self) -> tuple[int, int]:
@@ -113,15 +116,16 @@ def plan_retention(
     *,
     active_image: int = -1,
     unmergeable: Collection[int] = (),
+    imported: Collection[int] = (),
     zone: tzinfo | None = None,
 ) -> RetentionPlan:
     """What becomes of all restore points of a VM.
 
-    `active_image` holds the active chain, -1 if there is none. `unmergeable`: images in
-    datastores whose driver cannot merge.
+    `active_image` holds the active chain, -1 if there is none. `unmergeable`: images that the driver
+    of their datastore cannot merge. `imported`: datastores that are to be left as they are.
     """
     ordered = sorted(points, key=lambda point: point.key)
-    reasons = kept_by_rules(ordered, rules, active_image=active_image, zone=zone)
+    reasons = kept_by_rules(ordered, rules, active_image=active_image, imported=imported, zone=zone)
     verdicts: list[Verdict] = []
     merges: list[Merge] = []
     cuts: list[tuple[int, tuple[int, ...]]] = []
@@ -140,25 +144,36 @@ def plan_retention(
 
 
 def kept_by_rules(
-    points: Sequence[Point], rules: Rules, *, active_image: int = -1, zone: tzinfo | None = None
+    points: Iterable[Point],
+    rules: Rules,
+    *,
+    active_image: int = -1,
+    imported: Collection[int] = (),
+    zone: tzinfo | None = None,
 ) -> dict[tuple[int, int], tuple[str, ...]]:
-    """The points that a rule keeps, by key, each with the reasons."""
+    """The points that a rule keeps, by key, each with the reasons; each datastore is counted for itself."""
     reasons: dict[tuple[int, int], tuple[str, ...]] = {}
-    for point, reason in chain(
-        ((point, "pinned") for point in points if point.pinned),
-        _by_settings(points, rules, active_image, zone) if rules else _without_settings(points),
-    ):
-        reasons[point.key] = (*reasons.get(point.key, ()), reason)
-    if rules:
-        oldest = min((point.date for point in points if point.good and point.key in reasons), default=None)
-        for point in points:
-            if not point.good and (oldest is None or point.date >= oldest):
+    stores: dict[int, list[Point]] = {}
+    for point in points:
+        stores.setdefault(point.store, []).append(point)
+    for store, members in stores.items():
+        if not rules:
+            kept = _all(members, "no retention is set")
+        elif store in imported:
+            kept = _all(members, "imported: nothing was backed up to its datastore since")
+        else:
+            kept = _by_settings(members, rules, active_image, zone)
+        for point, reason in chain(((point, "pinned") for point in members if point.pinned), kept):
+            reasons[point.key] = (*reasons.get(point.key, ()), reason)
+        oldest = min((point.date for point in members if point.good and point.key in reasons), default=None)
+        for point in members:
+            if rules and not point.good and (oldest is None or point.date >= oldest):
                 reasons[point.key] = (*reasons.get(point.key, ()), "damaged: verification may find it whole")
     return reasons
 
 
-def _without_settings(points: Iterable[Point]) -> Iterator[tuple[Point, str]]:
-    return ((point, "no retention is set") for point in points)
+def _all(points: Iterable[Point], reason: str) -> Iterator[tuple[Point, str]]:
+    return ((point, reason) for point in points)
 
 
 def _by_settings(
@@ -222,7 +237,7 @@ def _fates(
             fates.append(Verdict(point, Fate.MERGED, ("no rule keeps it",), into))
             continue
         else:
-            why = "the driver cannot merge" if not can_merge else "what is damaged is not merged"
+            why = "its store cannot merge" if not can_merge else "what is damaged is not merged"
             fates.append(
                 Verdict(point, Fate.KEPT, (f"increment {follower.increment_id} continues it: {why}",))
             )

@@ -37,6 +37,7 @@ from oned_backup.errors import (
 from oned_backup.model.image import Image
 from oned_backup.model.increments import Increment
 from oned_backup.model.manifest import Manifest, dump_manifest, parse_manifest
+from oned_backup.model.names import job_repository
 from oned_backup.model.pruning import pinned, run_of, with_merged
 from oned_backup.model.retention import Merge
 from oned_backup.model.vm import Vm, with_config
@@ -112,8 +113,13 @@ def checked_run(
 ) -> tuple[Increment, ...]:
     """The increments to merge; `Conflict` if one is absent, damaged, or pinned and not the newest.
 
-    `rows`: the image's restore points by backup id.
+    `rows`: the image's restore points by backup id. `Unsupported` for what OpenNebula's jobs keep together.
     """
+    if job := job_repository(image.source):
+        raise Unsupported(
+            f"image {image.id} lies in OpenNebula's repository {job}: its increments cannot be merged",
+            hint="Delete the image as a whole when it is not needed any more.",
+        )
     if not image.is_ready:
         raise Conflict(f"image {image.id} is in state {image.state_name}: it cannot be changed")
     run = run_of(image, increment_ids)

@@ -6,6 +6,8 @@ for VMs that are gone, so that its backups can be listed and restored. Chains
 are imported as they are and not continued: the next backup of an imported VM
 starts a new one (the checkpoints belong to the installation that made them).
 
+A copy of a store whose backups the catalogue has elsewhere is not imported: each backup is in one datastore.
+
 Where a store has a merged backup beside what went into it, the merged one counts,
 and the others are named as left over: whoever merged did not get to removing them.
 Unless the catalogue has those: then the merged one is left over, or not done yet.
@@ -71,7 +73,8 @@ def _catalogue(context: Context) -> Catalogue:
 def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     catalogue = _catalogue(context)
     unreadable = [f"{name}: {text}" for name, text in catalogue.unreadable]
-    known = {row.backup_id for row in tx.backups()}
+    kept_by = {row.backup_id: row.datastore_id for row in tx.backups()}
+    known = set(kept_by)
     changing = _changing(context, tx)
     found: list[Entry] = []
     for text in catalogue.manifests:
@@ -90,6 +93,10 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
         unreadable += doubles
         missing = [entry for entry in entries if entry[0].id not in known]
         counts["known"] += len(entries) - len(missing)
+        others = {kept_by[m.id] for m, _ in entries if m.id in known} - {context.integer("datastore_id")}
+        if others:
+            unreadable.append(_copied(chain_id, min(others)))
+            continue
         if not missing:
             continue
         if entries[0][0].vm_uuid in changing:
@@ -105,6 +112,14 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     for text in left_over:
         context.note(f"left over: {text}")
     return {**counts, "unreadable": unreadable, "left_over": left_over}
+
+
+def _copied(chain_id: str, datastore_id: int) -> str:
+    """What is said of a chain that the catalogue has in another datastore: a backup is in one of them."""
+    return (
+        f"chain {chain_id}: this is a copy of what datastore {datastore_id} keeps; if that is lost,"
+        " forget its images with `oned-backup image delete --force` and import again"
+    )
 
 
 def _changing(context: Context, tx: Transaction) -> set[str]:

@@ -17,6 +17,8 @@ from oned_backup.contract.actions import Kind
 from oned_backup.errors import Conflict, NotFound
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, ImageState
+from oned_backup.model.manifest import parse_manifest
+from oned_backup.model.names import job_repository
 from oned_backup.model.pruning import pinned, to_remove
 from oned_backup.model.retention import Fate, Merge, Point, RetentionPlan, Verdict, plan_retention
 from oned_backup.model.vm import Vm
@@ -33,16 +35,26 @@ def look(services: Services, tx: Transaction, vm_id: int) -> RetentionPlan:
     """What retention does with the VM's restore points as they are now."""
     vm = Vm(tx.get("vm", vm_id).element)
     points: list[Point] = []
-    unmergeable = set()
+    unmergeable, ours = set(), set()
     for image in _images(tx, vm_id):
         if image.state == ImageState.DELETE:
             continue
-        points += _points(image, tx.backups(image_id=image.id))
-        if not _can_merge(services, Datastore(tx.get("datastore", image.datastore_id).element)):
+        rows = tx.backups(image_id=image.id)
+        points += _points(image, rows)
+        if image.datastore_id not in ours and _made_here(services, rows):
+            ours.add(image.datastore_id)
+        datastore = Datastore(tx.get("datastore", image.datastore_id).element)
+        if job_repository(image.source) or not _can_merge(services, datastore):
             unmergeable.add(image.id)
     config = vm.config
     active = config.incremental_backup_id if config.has_chain else -1
-    return plan_retention(points, config.rules, active_image=active, unmergeable=unmergeable)
+    return plan_retention(
+        points,
+        config.rules,
+        active_image=active,
+        unmergeable=unmergeable,
+        imported={point.store for point in points} - ours,
+    )
 
 
 def verdicts_view(plan: RetentionPlan) -> list[dict[str, Any]]:
@@ -98,9 +110,15 @@ def _points(image: Image, rows: Sequence[Backup]) -> list[Point]:
     kept = pinned(image)
     entries = [(entry.id, entry.date, entry.size_mb) for entry in image.increments]
     return [
-        Point(image.id, number, date, size_mb, number in good, number in kept)
+        Point(image.id, number, date, size_mb, number in good, number in kept, image.datastore_id)
         for number, date, size_mb in entries or [(0, image.created, image.size_mb)]
     ]
+
+
+def _made_here(services: Services, rows: Sequence[Backup]) -> bool:
+    """Whether one of these backups was made by this installation, and not imported."""
+    manifests = (parse_manifest(row.manifest, what=f"backup {row.backup_id}") for row in reversed(rows))
+    return any(manifest.raw.get("installation") == services.store.installation for manifest in manifests)
 
 
 def _can_merge(services: Services, datastore: Datastore) -> bool:
@@ -118,10 +136,17 @@ def _apply(context: Context, tx: Transaction) -> Mapping[str, Any]:
     for image_id, increment_ids in plan.cuts:
         cut_off(tx, image_id, increment_ids)
     queued = _queue_merges(tx, vm_id, plan)
-    owing = [image.id for image in _images(tx, vm_id) if image.state == ImageState.DELETE or to_remove(image)]
-    if owing:
-        queued.append(queue_removal(tx, vm_id, owing).id)
+    queued += [queue_removal(tx, vm_id, image_ids).id for image_ids in _owing(tx, vm_id)]
     return {"vm_id": vm_id, "points": verdicts_view(plan), "queued": queued}
+
+
+def _owing(tx: Transaction, vm_id: int) -> list[list[int]]:
+    """The images that something is to be removed of, by datastore: one that is gone keeps no other full."""
+    found: dict[int, list[int]] = {}
+    for image in _images(tx, vm_id):
+        if image.state == ImageState.DELETE or to_remove(image):
+            found.setdefault(image.datastore_id, []).append(image.id)
+    return list(found.values())
 
 
 def _queue_merges(tx: Transaction, vm_id: int, plan: RetentionPlan) -> list[str]:

@@ -39,7 +39,7 @@ MAKER = "opennebula"
 VM_XML = "vm.xml"
 
 #: of rsync, and the short ids of restic_snapshots
-_ID = re.compile(r"(?:(job_\d{1,9})\.)?[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)
+_ID = re.compile(r"(?:job_\d{1,9}\.)?[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)
 _DISK = re.compile(r"disk\.(\d{1,9})\.(\d{1,9})")
 _MAX_VM_XML_BYTES = 16 << 20
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -50,12 +50,6 @@ _MAX_NAME = 128
 def may_be_foreign(backup_id: str) -> bool:
     """Whether OpenNebula gives such names to backups; ours look different."""
     return _ID.fullmatch(backup_id) is not None
-
-
-def repository_of(backup_id: str) -> str:
-    """The repository of a backup job (`job_12`) that a backup lies in; empty for all others."""
-    found = _ID.fullmatch(backup_id)
-    return (found[1] or "") if found else ""
 
 
 def is_made_up(manifest: Manifest) -> bool:

@@ -14,6 +14,7 @@ from oned_backup.contract.documents import Catalogue
 from oned_backup.contract.url import parse_url
 from oned_backup.errors import Busy, DataCorrupt, InvalidInput, NotFound, Unsupported
 from oned_backup.model.manifest import Manifest
+from oned_backup.model.names import job_repository
 from oned_backup.restic.store import Store
 from oned_backup.restic.view import StoredBackups
 from oned_backup.sdk import Answer, Call, restore_points
@@ -25,7 +26,6 @@ from oned_backup.sdk.folder_store import (
     refuse_parents,
     stored_answer,
 )
-from oned_backup.sdk.opennebula import repository_of
 from oned_backup.sdk.stored import Manifests
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _job(call: Call) -> str:
         ids = [backup_id for _, backup_id in parse_url(call.option("URL")).chain]
     else:
         ids = list(restore_points.meant_backups(call))
-    jobs = {repository_of(backup_id) for backup_id in ids}
+    jobs = {job_repository(backup_id) for backup_id in ids}
     if len(jobs) > 1:
         raise InvalidInput(f"backups in several repositories: {', '.join(ids)}")
     return next(iter(jobs), "")

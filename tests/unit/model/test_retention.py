@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -67,6 +68,26 @@ def test_keep_last_counts_points_over_all_chains() -> None:
     gone = plan_retention([*chain(0, 1, 2, 3), *chain(4, 5, 6, image=7)], Rules(keep_last=3), active_image=7)
     assert gone.images == (0,)
     assert not gone.merges
+
+
+def test_each_datastore_is_counted_for_itself() -> None:
+    local = chain(0, 2, 4)
+    away = [replace(point, store=101) for point in chain(1, 3, 900, image=1)]
+    rules = Rules(keep_last=2, keep_yearly=1)
+    plan = plan_retention([*local, *away], rules, active_image=0)
+    assert kept(plan) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert reasons(plan, 2, image=0) == (
+        "newest good one; the next increment continues it; KEEP_LAST 1 of 2; KEEP_YEARLY 1 of 1: 2026"
+    )
+
+
+def test_a_datastore_with_nothing_but_what_was_imported_is_left_as_it_is() -> None:
+    archive = [replace(point, store=101) for point in chain(0, 1, 900, image=1, bad=(1,))]
+    plan = plan_retention([*chain(2, 3), *archive], Rules(keep_last=1), active_image=0, imported=[101])
+    assert kept(plan) == [(0, 1), (1, 0), (1, 1), (1, 2)]
+    assert reasons(plan, 0, image=1) == "imported: nothing was backed up to its datastore since"
+    assert plan_retention(archive, Rules(keep_last=1)).merges == ()  # what is damaged is not merged
+    assert kept(plan_retention(archive[:1], Rules(), imported=[101])) == [(1, 0)]
 
 
 def test_keep_daily_keeps_the_last_of_each_day_that_has_one() -> None:
@@ -173,7 +194,7 @@ def test_nothing_is_left_but_broken_points() -> None:
 def test_a_driver_that_cannot_merge_keeps_the_chain() -> None:
     plan = plan_retention(chain(0, 1, 2), Rules(keep_last=1), active_image=0, unmergeable=[0])
     assert not plan
-    assert reasons(plan, 0) == "increment 1 continues it: the driver cannot merge"
+    assert reasons(plan, 0) == "increment 1 continues it: its store cannot merge"
 
 
 points_of_a_vm = st.lists(

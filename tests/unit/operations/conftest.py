@@ -145,6 +145,7 @@ class ScriptedDrivers:
             "increment_id": backup.increment_id,
             "type": exports.type.value,
             "date": backup.date,
+            "installation": request.options["INSTALLATION"],
             "checkpoint": exports.checkpoint,
             "vm": {"id": 0, "name": "web", "uuid": "9a1c2b3d-0000-4000-8000-000000000001"},
             "disks": [
@@ -198,6 +199,19 @@ class World:
                     state=DomainState.RUNNING,
                     capacity_bytes={"vda": GIB},
                     date=1,
+                ).element
+            ),
+        )
+        return xmldoc.integer(element, "ID")
+
+    def add_datastore(self) -> int:
+        """A further datastore; its id."""
+        path = self.services.settings.state_dir.parent
+        element = self.services.store.create(
+            "datastore",
+            lambda number: (
+                new_datastore(
+                    number, name=f"b{number}", ds_mad="fs", parameters={"BASE_PATH": str(path / str(number))}
                 ).element
             ),
         )

@@ -12,6 +12,7 @@ from oned_backup.contract.documents import Catalogue
 from oned_backup.contract.request import Request
 from oned_backup.model.manifest import dump_manifest
 from oned_backup.operations.delete import cut_off
+from oned_backup.operations.inventory import configure_vm
 from oned_backup.store import BackupState, Operation, OperationState
 
 from .conftest import World
@@ -45,10 +46,10 @@ def manifest(backup_id: str, increment_id: int, parent_id: str = "", **more: Any
     return json.dumps(json.loads(dump_manifest(backup)))
 
 
-def imported(world: World, *manifests: str) -> Operation:
+def imported(world: World, *manifests: str, datastore_id: int = 100) -> Operation:
     text = xmldoc.serialize(Catalogue(manifests).to_xml())
     world.drivers.answers["catalogue"] = lambda _request: {"CATALOGUE": text}
-    return world.run("import", datastore_id=100)
+    return world.run("import", datastore_id=datastore_id)
 
 
 def test_one_of_two_backups_that_failed_and_succeeded_at_one_increment(world: World) -> None:
@@ -164,3 +165,32 @@ def test_what_is_to_be_removed_does_not_come_back(world: World) -> None:
     assert done.result["backups"] == 0
     assert done.result["left_over"] == ["backup b1: it is to be removed"]
     assert [row.backup_id for row in store.backups()] == ["b0"]
+
+
+def test_a_copy_of_a_store_adds_nothing_to_what_the_first_one_keeps(world: World) -> None:
+    first = [manifest("b0", 0), manifest("b1", 1, "b0")]
+    imported(world, *first)
+    copy = world.add_datastore()
+    done = imported(world, *first, manifest("b2", 2, "b1"), datastore_id=copy)
+    assert done.state is OperationState.DONE, done.error
+    assert (done.result["backups"], done.result["known"]) == (0, 2)
+    assert "copy of what datastore 100 keeps" in done.result["unreadable"][0]
+    assert [row.backup_id for row in world.services.store.backups()] == ["b0", "b1"]
+    assert len(world.services.image(0).increments) == 2
+
+
+def test_retention_leaves_an_archive_alone_until_the_vm_is_backed_up_to_it(world: World) -> None:
+    archive = world.add_datastore()
+    configure_vm(world.services, 0, {"KEEP_LAST": "1", "MODE": "FULL"})
+    future = [manifest(f"x{n}", 0, chain_id=f"x{n}", date=4_000_000_000 + n) for n in range(3)]
+    imported(world, *future, datastore_id=archive)
+    for _ in range(2):
+        assert world.run("backup", vm_id=0, datastore_id=100).state is OperationState.DONE
+        world.run_queued()
+    assert [row.backup_id for row in world.services.store.backups(datastore_id=archive)] == ["x0", "x1", "x2"]
+    assert len(world.services.store.backups(datastore_id=100)) == 1
+    made = world.run("backup", vm_id=0, datastore_id=archive).result["backup_id"]
+    world.run_queued()
+    left = {row.backup_id for row in world.services.store.backups(datastore_id=archive)}
+    assert left == {"x2", made}
+    assert len(world.services.store.backups(datastore_id=100)) == 1

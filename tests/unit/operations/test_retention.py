@@ -12,7 +12,7 @@ from oned_backup.contract.exports import Reason
 from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict
 from oned_backup.model.image import Image, ImageState
-from oned_backup.model.pruning import to_remove, with_pin
+from oned_backup.model.pruning import to_remove, with_pin, with_to_remove
 from oned_backup.operations import retention
 from oned_backup.operations.context import Context
 from oned_backup.operations.delete import cut_off, mark_image
@@ -24,6 +24,7 @@ from oned_backup.store import Operation, OperationState
 
 from .conftest import World
 from .test_flatten import merged
+from .test_import import imported, manifest
 
 DAY = 86_400
 
@@ -147,6 +148,60 @@ def test_an_image_that_could_not_be_removed_is_removed_by_the_next_retention(cal
     assert calendar.services.image(0).state == ImageState.DELETE
     backups(calendar, 1)
     assert [Image(entry.element).id for entry in calendar.services.store.find("image")] == [1]
+
+
+def test_a_datastore_that_is_gone_does_not_keep_another_one_full(calendar: World) -> None:
+    other = calendar.add_datastore()
+    configure_vm(calendar.services, 0, {"KEEP_LAST": "1", "MODE": "FULL"})
+    backups(calendar, 1, datastore_id=100)
+
+    def gone(request: Request) -> dict[str, str]:
+        if request.datastore is not None and request.datastore.findtext("ID") == "100":
+            raise Conflict("not now")
+        return {}
+
+    calendar.drivers.answers["rm"] = gone
+    for datastore_id in (100, other, other):
+        backups(calendar, 1, datastore_id=datastore_id)
+    images = [Image(entry.element) for entry in calendar.services.store.find("image")]
+    assert [(image.id, image.datastore_id, image.is_ready) for image in images] == [
+        (0, 100, False),
+        (1, 100, True),
+        (3, other, True),
+    ]
+
+
+def test_what_is_noted_while_an_image_is_removed_is_not_forgotten(calendar: World) -> None:
+    backups(calendar, 1)
+
+    def noted(_request: Request) -> None:
+        calendar.services.store.change(
+            "image", 0, lambda element: with_to_remove(Image(element), ["left"]).element
+        )
+
+    calendar.drivers.script["rm"] = [noted]
+    calendar.run("delete", vm_id=0, image_id=0)
+    assert to_remove(calendar.services.image(0)) == ("left",)
+    calendar.run("delete", vm_id=0, image_id=0)
+    assert "left" in calendar.drivers.requests("rm")[-1].options["BACKUP_IDS"]
+    assert calendar.services.store.find("image") == []
+
+
+def test_what_cannot_be_merged_where_it_lies_is_kept_and_said(calendar: World) -> None:
+    chain = [manifest("job_3.00000000", 0, chain_id="job_3.00000000")]
+    chain += [
+        manifest(f"job_3.0000000{n}", n, f"job_3.0000000{n - 1}", chain_id="job_3.00000000") for n in (1, 2)
+    ]
+    imported(calendar, *chain)
+    configure_vm(calendar.services, 0, {"KEEP_LAST": "2"})
+    backups(calendar, 1)
+    assert points(calendar) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    with calendar.services.store.transaction() as tx:
+        told = [verdict.reasons for verdict in retention.look(calendar.services, tx, 0).verdicts]
+    assert told[0] == ("increment 1 continues it: its store cannot merge",)
+    backups(calendar, 1)
+    assert points(calendar) == [(1, 0), (1, 1)]
+    assert calendar.services.store.journal.list(kind="flatten") == []
 
 
 # --- who waits for whom
