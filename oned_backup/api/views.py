@@ -140,15 +140,21 @@ def image_rows(store: Store, vm_id: int | None = None) -> list[JSON]:
     """The images, of one VM or all, in a list."""
     points = store.points_of_images(vm_id)
     rows = store.rows("image", **({} if vm_id is None else {"vm_id": vm_id}))
-    return [_image_row(row, points.get(row["id"])) for row in rows]
+    if vm_id is None:
+        names = {row["id"]: row["name"] for row in store.rows("vm")}
+    else:
+        names = {vm_id: name_of(store, "vm", vm_id)}
+    return [_image_row(row, points.get(row["id"]), names.get(row["vm_id"], "")) for row in rows]
 
 
-def _image_row(row: JSON, points: Points | None) -> JSON:
+def _image_row(row: JSON, points: Points | None, vm_name: str) -> JSON:
     broken = points is not None and points.broken and row["state"] == ImageState.READY.name
     return {
         **row,
+        "vm_name": vm_name,
         "state": "BROKEN" if broken else row["state"],
         "restore_points": points.points if points else 0,
+        "newest_at": points.last_good_at if points else None,
         "verified_at": points.last_proved_at if points and not points.unproved else None,
     }
 
@@ -160,7 +166,11 @@ def image_view(store: Store, image: Image) -> JSON:
     parents = {entry.source: entry.parent_id for entry in image.increments}
     held = pinned(image)
     return {
-        **_image_row(list_row("image", image.element), store.points_of_images(image.vm_id).get(image.id)),
+        **_image_row(
+            list_row("image", image.element),
+            store.points_of_images(image.vm_id).get(image.id),
+            name_of(store, "vm", image.vm_id),
+        ),
         "disk_ids": list(image.disk_ids),
         "increments": [
             {
@@ -230,7 +240,7 @@ def operation_row(operation: Operation) -> JSON:
         "state": operation.state.value,
         "cancel_requested": operation.cancel_requested,
         "vm_id": operation.vm_id,
-        "image_id": operation.image_id,
+        "image_id": operation.result.get("image_id", operation.image_id),
         "datastore_id": operation.datastore_id,
         "queued_at": operation.queued_at,
         "started_at": operation.started_at,
@@ -244,9 +254,13 @@ def failed_row(store: Store, operation: Operation) -> JSON:
     """An operation in a list, with the name of its VM and what is to be told of it if it failed."""
     return {
         **operation_row(operation),
-        "vm_name": "" if operation.vm_id is None else name_of(store, "vm", operation.vm_id),
+        "vm_name": _vm_name(store, operation),
         "failure": _failure_view(operation, store.journal.steps(operation.id)),
     }
+
+
+def _vm_name(store: Store, operation: Operation) -> str:
+    return "" if operation.vm_id is None else name_of(store, "vm", operation.vm_id)
 
 
 def _failure_view(operation: Operation, steps: Sequence[Step]) -> JSON | None:
@@ -261,6 +275,7 @@ def operation_view(
     blocker = waits_for(service, operation)
     view: JSON = {
         **operation_row(operation),
+        "vm_name": _vm_name(service.services.store, operation),
         "arguments": dict(operation.arguments),
         "result": dict(operation.result),
         "waits_for": None if blocker is None else operation_row(blocker),

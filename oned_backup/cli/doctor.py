@@ -20,7 +20,7 @@ from oned_backup.config import Loaded, Settings, load_settings
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request
 from oned_backup.errors import OnedBackupError
-from oned_backup.model.host import new_host
+from oned_backup.model.host import DEFAULT_URI, new_host
 from oned_backup.runner.drivers import find_driver, find_drivers
 from oned_backup.runner.run import Invocation, Limits, run_action
 from oned_backup.ssh.command import CONFIG_VARIABLE
@@ -36,8 +36,11 @@ _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _APPARMOR_RULES = Path("/etc/apparmor.d/local/abstractions/libvirt-qemu")
 
 
-def examine(settings_file: Path | None, uri: str) -> Iterator[Check]:
-    """All checks, one after the other, as they are made."""
+def examine(settings_file: Path | None, uri: str | None) -> Iterator[Check]:
+    """All checks, one after the other, as they are made.
+
+    Libvirt is looked at on the hosts that the daemon knows, and at `uri`; at the default one without either.
+    """
     try:
         loaded = load_settings(settings_file)
     except OnedBackupError as error:
@@ -50,16 +53,23 @@ def examine(settings_file: Path | None, uri: str) -> Iterator[Check]:
     for module, package in _MODULES:
         yield check_module(module, package)
     yield _drivers(loaded.settings)
-    yield check_libvirt(loaded.settings, uri)
     yield check_apparmor(loaded.settings.nbd_dir, _APPARMOR, _APPARMOR_RULES)
     yield from _directories(loaded.settings)
     daemon = check_daemon(loaded.settings.socket)
     yield daemon
+    hosts = []
     if daemon.status == "ok":
         client = Client(loaded.settings.socket)
         names = [datastore["driver"] for datastore in client.get("datastores")]
         yield from check_datastores(loaded.settings.all_driver_dirs, names)
-        yield from check_hosts(loaded.settings.ssh_config, client.get("hosts"))
+        hosts = [host for host in client.get("hosts") if host["vmm"] != "dummy"]
+    for host in hosts:
+        reached = list(check_hosts(loaded.settings.ssh_config, [host]))
+        yield from reached
+        if all(check.status != "fail" for check in reached):
+            yield check_libvirt(loaded.settings, host["uri"], f"host {host['name']}")
+    if uri or not hosts:
+        yield check_libvirt(loaded.settings, uri or DEFAULT_URI, "hypervisor")
 
 
 def _settings(loaded: Loaded) -> Check:
@@ -123,9 +133,8 @@ def _drivers(settings: Settings) -> Check:
     return Check("drivers", "ok", names)
 
 
-def check_libvirt(settings: Settings, uri: str) -> Check:
-    """Whether the hypervisor driver reaches libvirt."""
-    name = f"libvirt at {uri}"
+def check_libvirt(settings: Settings, uri: str, name: str) -> Check:
+    """Whether the hypervisor driver reaches libvirt; `name`: of the check."""
     request = Request(
         kind=Kind.VMM,
         operation_id="doctor",
@@ -140,10 +149,10 @@ def check_libvirt(settings: Settings, uri: str) -> Check:
             invocation = Invocation(Path(work), environment=environment)
             answer = run_action(driver, "monitor", request, invocation, limits=limits)
     except OnedBackupError as error:
-        remedy = "Run: apt-get install libvirt-daemon-system, and start libvirtd; or name another --uri."
+        remedy = "Run there: apt-get install libvirt-daemon-system, and start libvirtd."
         return Check(name, "warn", error.message, error.hint or remedy)
     count = answer["DOMAINS"].count("<DOMAIN>")
-    return Check(name, "ok", f"reached, {count} domains")
+    return Check(name, "ok", f"libvirt at {uri}: reached, {count} domain{'' if count == 1 else 's'}")
 
 
 def check_apparmor(nbd_dir: Path, enabled: Path, rules: Path) -> Check:

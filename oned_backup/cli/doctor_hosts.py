@@ -33,8 +33,7 @@ def check_hosts(config: Path, hosts: Iterable[dict[str, Any]]) -> Iterator[Check
         try:
             place = parse_uri(host["uri"])
         except OnedBackupError as error:
-            if not host["uri"].startswith("dummy:"):
-                yield Check(f"host {host['name']}", "fail", error.message, error.hint or "")
+            yield Check(f"host {host['name']}", "fail", error.message, error.hint or "")
             continue
         if place.is_remote:
             yield check_host(config, host["name"], place)

@@ -31,9 +31,12 @@ _COPY_BYTES = 1024 * 1024
 
 
 @app.command("list")
-def list_images(*, json: Json = False) -> None:
+def list_images(
+    vm: Annotated[str | None, typer.Option(help="Of this VM only: id or name.")] = None, *, json: Json = False
+) -> None:
     """List the backup images."""
-    images = client().get("images")
+    api = client()
+    images = api.get("images", vm_id=None if vm is None else api.resolve("vm", vm))
     if json:
         output.print_json(images)
     else:
@@ -47,7 +50,7 @@ def show(image: _Id, *, json: Json = False) -> None:
     if json:
         output.print_json(found)
         return
-    names = ("id", "name", "vm_id", "datastore", "state", "error")
+    names = ("id", "name", "vm_id", "vm_name", "datastore", "state", "error")
     output.print_fields(
         [*((name, found[name]) for name in names), ("size", output.size_mb(found["size_mb"]))]
     )

@@ -116,7 +116,8 @@ def _print_operation(found: dict[str, Any]) -> None:
     waiting = found["not_before"] and found["error"]
     output.print_fields(
         [
-            *((name, found[name]) for name in ("id", "kind", "state", "vm_id", "image_id", "datastore_id")),
+            *((name, found[name]) for name in ("id", "kind", "state", "vm_id", "vm_name")),
+            *((name, found[name]) for name in ("image_id", "datastore_id")),
             ("queued", output.when(found["queued_at"])),
             ("took", follow.elapsed(found)),
             ("waits for", f"{blocker['kind']} {blocker['id']}" if blocker else ""),

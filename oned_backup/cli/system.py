@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def serve(
     for name in ("alembic", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_settings(settings_file()).settings
+    os.umask(0o077)
     service = Service.open(settings)
     if not serve_api(service):
         output.warn("some operations did not end in time: the next start brings them to an end")
@@ -39,7 +41,9 @@ def serve(
 
 
 def doctor(
-    uri: Annotated[str, typer.Option(help="The libvirt to look at.")] = "qemu:///system",
+    uri: Annotated[
+        str | None, typer.Option(help="A libvirt to look at (default: those of the hosts).")
+    ] = None,
     *,
     json: Json = False,
 ) -> None:

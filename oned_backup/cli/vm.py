@@ -125,16 +125,16 @@ def show(ref: _Ref, *, json: Json = False) -> None:
 def print_images(images: list[dict[str, Any]]) -> None:
     """The table of images."""
     output.print_table(
-        ("ID>", "NAME", "VM>", "STORE", "STATE", "POINTS>", "SIZE>", "VERIFIED"),
+        ("ID>", "VM", "STORE", "STATE", "POINTS>", "SIZE>", "NEWEST", "VERIFIED"),
         [
             (
                 image["id"],
-                image["name"],
-                image["vm_id"],
+                f"{image['vm_id']} {image['vm_name']}".rstrip(),
                 image["datastore"],
                 image["state"],
                 image["restore_points"],
                 output.size_mb(image["size_mb"]),
+                _day(image["newest_at"]),
                 _day(image["verified_at"]),
             )
             for image in images

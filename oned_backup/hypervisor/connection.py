@@ -96,7 +96,7 @@ def connected(uri: str) -> Iterator[Any]:
         failure = translated(error, f"libvirt at {uri}")
         if isinstance(failure, PermissionDenied | Misconfigured):
             raise failure from error
-        raise Unavailable(failure.message) from error
+        raise Unavailable(failure.message, hint="Does libvirtd run there?") from error
     try:
         yield connection
     finally:

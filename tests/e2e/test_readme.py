@@ -124,6 +124,10 @@ def test_the_session(guest: Guest, product: Product, tmp_path: Path) -> None:
         assert is_identical(last / f"disk.{disk_id}.qcow2", "qcow2", disk.path, "qcow2")
     assert is_identical(replay.downloads / "disk.raw", "raw", guest.disks[0].path, "qcow2")
 
+    # Doctor looks at the hosts that are known, and at no other libvirt.
+    looked = [check for check in product.ask("doctor") if "libvirt at " in check["text"]]
+    assert [(check["name"], check["status"]) for check in looked] == [("host local", "ok")]
+
     twin = guest.libvirtd.connection.lookupByName("web-restored")
     assert str(last / "disk.0.qcow2") in twin.XMLDesc()
     assert twin.UUIDString() != guest.uuid

@@ -21,7 +21,6 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 def test_a_host_that_has_everything(sshd: Sshd) -> None:
     hosts = [
         {"name": "here", "uri": "qemu:///system"},
-        {"name": "toy", "uri": "dummy:///tmp"},
         {"name": "hv1", "uri": f"qemu+ssh://{sshd.target}/system"},
     ]
     (check,) = check_hosts(sshd.config, hosts)
