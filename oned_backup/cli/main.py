@@ -20,7 +20,6 @@ from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
 app = typer.Typer(
     help="Incremental backup and proved restore of KVM/libvirt virtual machines.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

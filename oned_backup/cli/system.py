@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from oned_backup.cli import output
 from oned_backup.cli.session import Json, client, settings_file
-from oned_backup.errors import Misconfigured
+from oned_backup.errors import Misconfigured, NoSpace
 
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 
@@ -33,7 +34,11 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_settings(settings_file()).settings
     os.umask(0o077)
-    service = Service.open(settings)
+    try:
+        service = Service.open(settings)
+    except OSError as error:
+        kind = NoSpace if error.errno == errno.ENOSPC else Misconfigured
+        raise kind(f"{settings.state_dir} cannot be used: {error.strerror or error}") from error
     if not serve_api(service):
         output.warn("some operations did not end in time: the next start brings them to an end")
         sys.stderr.flush()

@@ -16,8 +16,7 @@ Unless the catalogue has those: then the merged one is left over, or not done ye
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from oned_backup import xmldoc
@@ -26,7 +25,7 @@ from oned_backup.contract.documents import Catalogue
 from oned_backup.contract.exports import Reason
 from oned_backup.contract.result import document
 from oned_backup.errors import DataCorrupt, Unsupported
-from oned_backup.model.backup_config import BackupConfig, Mode
+from oned_backup.model.backup_config import BackupConfig, FsFreeze, Mode
 from oned_backup.model.datastore import Datastore, with_image
 from oned_backup.model.document import Owner
 from oned_backup.model.image import Image, image_name, new_image, with_increment
@@ -87,6 +86,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     merged = {(m.vm_id, name): m for m, _ in counting if m.replaces for name in (m.id, *m.replaces)}
     for entry in counting:
         chains[entry[0].vm_id, chain_of(entry[0], merged)].append(entry)
+    freezes = last_freezes([manifest for manifest, _ in counting])
     counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
     for (_, chain_id), members in sorted(chains.items(), key=lambda item: item[1][0][0].date):
         entries, doubles = _one_of_each(members, known)
@@ -106,7 +106,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
             unreadable.append(f"chain {chain_id}: its first backup is not in the store")
             continue
         counts["backups"] += len(missing)
-        _import_chain(context, tx, entries, counts, known)
+        _import_chain(context, tx, entries, counts, known, freezes=freezes)
     for text in unreadable:
         context.note(f"not imported: {text}")
     for text in left_over:
@@ -213,10 +213,12 @@ def _import_chain(
     entries: Sequence[Entry],
     counts: dict[str, int],
     known: set[str],
+    *,
+    freezes: Mapping[str, FsFreeze],
 ) -> None:
     datastore_id = context.integer("datastore_id")
     first = entries[0][0]
-    vm = _vm_of(context, tx, entries[-1][0], counts)
+    vm = _vm_of(context, tx, entries[-1][0], counts, freezes)
     if first.id in known:
         image = Image(tx.get("image", tx.backup(first.id).image_id).element)
     else:
@@ -300,7 +302,22 @@ def _size_mb(manifest: Manifest) -> int:
     return -(-manifest.size_bytes // _MIB)
 
 
-def _vm_of(context: Context, tx: Transaction, manifest: Manifest, counts: dict[str, int]) -> Vm:
+def last_freezes(manifests: Iterable[Manifest]) -> dict[str, FsFreeze]:
+    """How each VM, by its UUID, was frozen when it was last: what the store knows of its FS_FREEZE."""
+    return {
+        manifest.vm_uuid: FsFreeze(method)
+        for manifest in sorted(manifests, key=lambda entry: entry.date)
+        if (method := manifest.raw.get("freeze", {}).get("method")) in {FsFreeze.AGENT, FsFreeze.SUSPEND}
+    }
+
+
+def _vm_of(
+    context: Context,
+    tx: Transaction,
+    manifest: Manifest,
+    counts: dict[str, int],
+    freezes: Mapping[str, FsFreeze],
+) -> Vm:
     """The catalogue's VM with the manifest's UUID; a new document in state DONE if there is none."""
     found = tx.find("vm", uuid=manifest.vm_uuid) if manifest.vm_uuid else []
     if found:
@@ -321,7 +338,9 @@ def _vm_of(context: Context, tx: Transaction, manifest: Manifest, counts: dict[s
                     capacity_bytes={},
                     date=int(context.services.clock()),
                     owner=Owner(),
-                    config=replace(BackupConfig(), mode=Mode.INCREMENT),
+                    config=BackupConfig(
+                        mode=Mode.INCREMENT, fs_freeze=freezes.get(manifest.vm_uuid, FsFreeze.NONE)
+                    ),
                 ),
                 VmState.DONE,
                 LcmState.INIT,

@@ -13,7 +13,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from oned_backup.errors import (
     DataCorrupt,
     Misconfigured,
     NoSpace,
+    OnedBackupError,
     PermissionDenied,
     Unavailable,
     Unsupported,
@@ -159,7 +160,13 @@ def translated(path: Path) -> Iterator[None]:
             sqlite3.SQLITE_READONLY: PermissionDenied,
             sqlite3.SQLITE_PERM: PermissionDenied,
         }.get(code, Unavailable)
-        raise kind(f"database {path}: {cause}") from error
+        raise kind(f"database {path}: {cause}", hint=_REMEDIES.get(kind)) from error
+
+
+_REMEDIES: Mapping[type[OnedBackupError], str] = {
+    NoSpace: "Make room there.",
+    DataCorrupt: "Move the file away, start again, then `oned-backup datastore import` each store.",
+}
 
 
 def _claim_file(path: Path) -> int:
@@ -189,7 +196,11 @@ def _claim_file(path: Path) -> int:
 
 def _engine(path: Path) -> sa.Engine:
     engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)), pool_size=8, max_overflow=64, pool_timeout=WRITE_WAIT_S
+        sa.URL.create("sqlite", database=str(path)),
+        pool_size=8,
+        max_overflow=64,
+        pool_timeout=WRITE_WAIT_S,
+        pool_use_lifo=True,
     )
 
     @event.listens_for(engine, "connect")

@@ -378,10 +378,15 @@ def _first_allowed(
     return None
 
 
+def _absent(operation_id: str) -> NotFound:
+    hint = "`oned-backup operation list` shows what there is."
+    return NotFound(f"there is no operation {operation_id[:40]}", hint=hint)
+
+
 def _get(connection: sa.Connection, operation_id: str) -> Operation:
     row = connection.execute(_GET, {"this": operation_id}).one_or_none()
     if row is None:
-        raise NotFound(f"there is no operation {operation_id[:40]}")
+        raise _absent(operation_id)
     return _operation(row)
 
 
@@ -393,7 +398,7 @@ def _require_running(connection: sa.Connection, operation_id: str, number: int =
     """What is known of a RUNNING operation and of its step `number`; `Conflict` if it does not run."""
     row = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
     if row is None:
-        raise NotFound(f"there is no operation {operation_id[:40]}")
+        raise _absent(operation_id)
     if row.state != OperationState.RUNNING:
         raise Conflict(f"operation {operation_id} is {row.state}, not RUNNING")
     return row

@@ -72,6 +72,19 @@ def test_what_continues_a_lost_backup_is_broken(world: World) -> None:
     assert states == {"b0": BackupState.GOOD, "b2": BackupState.BROKEN, "b3": BackupState.BROKEN}
 
 
+def test_a_vm_is_frozen_as_it_was_when_it_was_last(world: World) -> None:
+    agent, suspend, off = ({"freeze": {"method": method}} for method in ("AGENT", "SUSPEND", "NONE"))
+    world.services.store.delete("vm", 0)
+    imported(
+        world,
+        manifest("b0", 0, **suspend),
+        manifest("c0", 0, chain_id="c0", date=2000, **agent),
+        manifest("c1", 1, "c0", chain_id="c0", date=2001, **off),
+    )
+    (vm,) = world.services.store.find("vm", uuid=UUID)
+    assert vm.element.findtext("BACKUPS/BACKUP_CONFIG/FS_FREEZE") == "AGENT"
+
+
 def test_what_changes_meanwhile_is_not_imported(world: World) -> None:
     journal = world.services.store.journal
 
