@@ -14,6 +14,7 @@ from oned_backup.errors import NotFound
 from oned_backup.hypervisor.connection import libvirt_errors
 
 _SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "network": "name", "dir": "dir", "volume": "volume"}
+_SPECIAL = (("encryption", "is encrypted"), ("slices", "is a part of a file"))
 
 
 class State(StrEnum):
@@ -37,7 +38,11 @@ _STATES = {
 
 @dataclass(frozen=True)
 class DomainDisk:
-    """A disk as libvirt has it. `backing`: the files below the top one, empty where not known."""
+    """A disk as libvirt has it. `backing`: the files below the top one, empty where not known.
+
+    `backing_ends`: there are no others below, whatever the images say. `special`: what of it only
+    libvirt knows how to open.
+    """
 
     target: str
     type: str
@@ -45,6 +50,8 @@ class DomainDisk:
     format: str
     source: str
     backing: tuple[str, ...] = ()
+    backing_ends: bool = False
+    special: str = ""
 
 
 class Domain:
@@ -132,11 +139,13 @@ def _disk(element: xmldoc.Element) -> DomainDisk:
     target = element.find("target")
     driver = element.find("driver")
     backing = []
+    ends = False
     layer = element.find("backingStore")
     while layer is not None:
         source = _source(layer)
         if source:
             backing.append(source)
+        ends = not source
         layer = layer.find("backingStore")
     return DomainDisk(
         target="" if target is None else target.get("dev", ""),
@@ -145,6 +154,8 @@ def _disk(element: xmldoc.Element) -> DomainDisk:
         format="raw" if driver is None else driver.get("type", "raw"),
         source=_source(element),
         backing=tuple(backing),
+        backing_ends=ends,
+        special=next((text for tag, text in _SPECIAL if element.find(f".//{tag}") is not None), ""),
     )
 
 

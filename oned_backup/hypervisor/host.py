@@ -61,6 +61,10 @@ class Host(Protocol):
         """A small file; None: absent."""
         ...
 
+    def read_start(self, path: str, count: int) -> bytes:
+        """The first bytes of a file."""
+        ...
+
     def write_file(self, path: Path, data: bytes) -> None:
         """A file (0600)."""
         ...
@@ -167,6 +171,14 @@ class LocalHost:
             raise DriverFailed(f"{path} has more than {max_bytes} bytes")
         return data
 
+    def read_start(self, path: str, count: int) -> bytes:
+        """The first bytes of a file or device; none if it cannot be read."""
+        try:
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as it is named, whatever it is
+                return file.read(count)
+        except OSError:
+            return b""
+
     def write_file(self, path: Path, data: bytes) -> None:
         """A file (0600) with this content, whatever was there."""
         path.unlink(missing_ok=True)
@@ -198,12 +210,15 @@ class LocalHost:
             self.write_file(path, data)
 
     def make_dir(self, path: Path) -> None:
-        """A directory that others may pass through (0711), if it is not there yet."""
-        path.mkdir(mode=0o711, parents=True, exist_ok=True)
+        """A directory that others may pass through (0711), if it is not there yet; its parents too."""
+        for directory in (*reversed(path.parents), path):
+            if not directory.exists():
+                directory.mkdir(exist_ok=True)
+                directory.chmod(0o711)  # whatever the umask
 
     def make_private_dir(self, path: Path) -> None:
         """An empty directory (0700) of our own; what was there under that name goes."""
-        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.make_dir(path.parent)
         self.remove(path)
         path.mkdir(mode=0o700)
 

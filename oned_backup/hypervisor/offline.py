@@ -7,6 +7,7 @@ locked for as long as it lives, so that whoever comes later can end it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,19 +40,32 @@ def serve(
 ) -> Server:
     """Serve an image until the server is stopped; `Busy` if somebody has it open for writing."""
     options = ["--read-only", *([f"--bitmap={bitmap}"] if bitmap else [])]
-    return _start(host, image, image_format, Server.at(directory, export), options)
+    server = Server.at(directory, export)
+    if image_format == "raw":
+        return _start(host, image, server, [*options, "--", _kept_from_writers(image)])
+    return _start(host, image, server, [*options, f"--format={image_format}", "--", image])
 
 
 def serve_new(host: Host, image: str, image_format: str, *, directory: Path, export: str) -> Server:
     """Serve a new image for writing until the server is stopped; zeros make holes in it."""
-    return _start(host, image, image_format, Server.at(directory, export), ["--discard=unmap"])
+    operands = ["--discard=unmap", f"--format={image_format}", "--", image]
+    return _start(host, image, Server.at(directory, export), operands)
 
 
-def _start(host: Host, image: str, image_format: str, server: Server, options: Sequence[str]) -> Server:
-    argv = ["qemu-nbd", *options, "--persistent", "--fork", f"--shared={_MAX_CLIENTS}"]
+def _kept_from_writers(path: str) -> str:
+    """A raw image, by a name for which QEMU locks it as it does others.
+
+    With raw there is no metadata to protect, so a reader of it lets others write: the domain
+    could be started. QEMU's filter `blkdebug` (4.2) is the one that can refuse them.
+    """
+    kept = {"driver": "blkdebug", "unshare-child-perms": ["write"], "image": {"filename": path}}
+    return "json:" + json.dumps({"driver": "raw", "file": kept}, ensure_ascii=False)
+
+
+def _start(host: Host, image: str, server: Server, operands: Sequence[str]) -> Server:
+    argv = ["qemu-nbd", "--persistent", "--fork", f"--shared={_MAX_CLIENTS}"]
     argv += [f"--socket={server.socket}", f"--pid-file={server.pid_file}", f"--export-name={server.export}"]
-    argv += [f"--format={image_format}", "--cache=writeback", "--aio=threads"]
-    done = host.run([*argv, "--", image], timeout_s=30, check=False)
+    done = host.run([*argv, "--cache=writeback", "--aio=threads", *operands], timeout_s=30, check=False)
     if done.returncode != 0:
         in_use = '" lock' in done.stderr  # Failed to get "write" lock
         raise (Busy if in_use else DriverFailed)(f"qemu-nbd on {image}: {done.last_words}")

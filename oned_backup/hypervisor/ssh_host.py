@@ -8,6 +8,7 @@ what it says for the host.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -112,6 +113,10 @@ class SshHost:
             raise DriverFailed(f"{path} has more than {max_bytes} bytes")
         return done.stdout
 
+    def read_start(self, path: str, count: int) -> bytes:
+        """As `LocalHost.read_start`."""
+        return self.run(["head", "-c", str(count), "--", path], check=False).stdout
+
     def write_file(self, path: Path, data: bytes) -> None:
         """A file (0600) with this content, whatever was there."""
         self.run(["install", "-m", "0600", "-T", "--", "/dev/stdin", str(path)], stdin=data)
@@ -133,12 +138,11 @@ class SshHost:
         self.run(["tar", "-x", "-f", "-", "--no-same-owner", "-C", str(directory)], stdin=packed(files))
 
     def make_dir(self, path: Path) -> None:
-        """A directory that others may pass through (0711), if it is not there yet."""
-        self.run(["mkdir", "-p", "-m", "0711", "--", str(path)])
+        """A directory that others may pass through (0711), if it is not there yet; its parents too."""
+        self.run(["mkdir", "-p", "-m", "0711", "--", *map(str, reversed(path.parents)), str(path)])
 
     def make_private_dir(self, path: Path) -> None:
         """An empty directory (0700) of our own; what was there under that name goes."""
-        self.make_dir(path.parent.parent)
         self.make_dir(path.parent)
         self.remove(path)
         self.run(["mkdir", "-m", "0700", "--", str(path)])
@@ -235,9 +239,10 @@ class SshHost:
             return
         for control in sorted(self.tunnel_dir.glob(f"*{_CONTROL}")):
             argv = ssh_argv(self.target, options=["-S", str(control), "-O", "exit"])
-            subprocess.run(
-                argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_GRACE_S
-            )
+            with contextlib.suppress(subprocess.TimeoutExpired):  # below it is seen that it still answers
+                subprocess.run(
+                    argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_GRACE_S
+                )
             deadline = time.monotonic() + _STOP_GRACE_S
             while _answers(control):
                 if time.monotonic() > deadline:

@@ -29,7 +29,10 @@ class Tracking(StrEnum):
 
 @dataclass(frozen=True)
 class Current:
-    """A disk as it is now. `source_id` is `device:inode[@machine]`; `backing` the files below it."""
+    """A disk as it is now. `source_id` is `device:inode[@machine]`; `backing` the files below it.
+
+    `untracked`: why its image can keep no dirty bitmaps; empty: it can.
+    """
 
     disk_id: int
     target: str
@@ -38,6 +41,7 @@ class Current:
     backing: tuple[str, ...]
     format: str
     size_bytes: int
+    untracked: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def decide(disk: Current, parent: Exports | None, tracking: Tracking, full_reaso
     """How to back up `disk`; `full_reason` is why there is no parent, if there is none."""
     if parent is None:
         return _full(full_reason)
-    if disk.format != TRACKED_FORMAT:
-        return _full(Reason.NO_CHANGE_TRACKING, f"{disk.format} images keep no dirty bitmaps")
+    if disk.untracked:
+        return _full(Reason.NO_CHANGE_TRACKING, disk.untracked)
     before = next((old for old in parent.disks if old.disk_id == disk.disk_id), None)
     return _of_another_disk(before, disk) or _untracked(disk, parent.checkpoint, tracking) or INCREMENT
 

@@ -16,8 +16,11 @@ from oned_backup.errors import InvalidInput
 from oned_backup.hypervisor.domain import DomainDisk
 from oned_backup.model.disk import Disk
 from oned_backup.model.selection import select_disks
-from oned_backup.transfer.decide import Current, Decision
+from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision
 from oned_backup.transfer.task import Task
+
+#: how the file begins if qemu-img was older than 1.7, or was asked for compat=0.10
+_VERSION_2 = b"QFI\xfb\0\0\0\2"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,17 @@ def current(task: Task, disk: Disk, found: DomainDisk, backing: tuple[str, ...],
         backing=backing,
         format=found.format,
         size_bytes=size_bytes,
+        untracked=_untracked(task, found),
     )
+
+
+def _untracked(task: Task, disk: DomainDisk) -> str:
+    """Why the image of a disk can keep no dirty bitmaps; empty if it can."""
+    if disk.format != TRACKED_FORMAT:
+        return f"{disk.format} images keep no dirty bitmaps"
+    if task.host.read_start(disk.source, len(_VERSION_2)) == _VERSION_2:
+        return "qcow2 images of version 2 keep no dirty bitmaps: `qemu-img amend -o compat=v3` changes that"
+    return ""
 
 
 def increment_id(task: Task, decisions: Iterable[Decision]) -> int:

@@ -21,14 +21,7 @@ from oned_backup.hypervisor.connection import CheckpointUnusable, connected
 from oned_backup.hypervisor.domain import Domain, find_domain
 from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
-from oned_backup.transfer.decide import (
-    TRACKED_FORMAT,
-    Current,
-    Decision,
-    Tracking,
-    decide,
-    refused,
-)
+from oned_backup.transfer.decide import Current, Decision, Tracking, decide, refused
 from oned_backup.transfer.task import Task
 
 
@@ -68,7 +61,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     socket = task.operation_dir / "qemu" / "nbd.sock"
     task.host.make_private_dir(task.operation_dir)
     task.host.lend_dir(socket.parent, domains.qemu_uid(xml))
-    tracked = [disk.target for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
+    tracked = [disk.target for disk in disks if task.checkpoint and not disk.untracked]
     others = [disk.target for disk in present if disk.target not in decisions]
 
     unprotected = deadman.start(task, domain, folders)

@@ -9,19 +9,20 @@ started on it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from oned_backup import failpoints
 from oned_backup.contract.exports import BackupType, Exports, Freeze
-from oned_backup.errors import Busy, DriverFailed
+from oned_backup.errors import Busy, DriverFailed, Unsupported
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.connection import connected
-from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
 from oned_backup.hypervisor.qemu_img import Image
 from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
-from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, Tracking, decide, refused
+from oned_backup.transfer.decide import Current, Decision, Tracking, decide, refused
 from oned_backup.transfer.task import Task
 
 _Chain = tuple[Image, ...]
@@ -49,6 +50,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         chain = qemu_img.backing_chain(task.host, found.source, found.format)
         chains[found.target] = chain
         backing = tuple(image.path for image in chain[1:])
+        _require_as_defined(task, found, backing)
         disks.append(disk_set.current(task, entry, found, backing, chain[0].size_bytes))
     decisions = {
         disk.target: decide(disk, task.parent, _tracking(task, chains[disk.target]), task.full_reason)
@@ -56,7 +58,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     }
     files = companions.write_definitions(task, domain, source_dir)
     files += companions.write_firmware(task, domain, source_dir)
-    tracked = [disk for disk in disks if disk.format == TRACKED_FORMAT and task.checkpoint]
+    tracked = [disk for disk in disks if task.checkpoint and not disk.untracked]
     for disk in tracked:
         if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
             qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
@@ -79,6 +81,22 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         excluded=selection.excluded,
         files=files,
     )
+
+
+def _require_as_defined(task: Task, disk: DomainDisk, backing: Sequence[str]) -> None:
+    """Raise `Unsupported` if QEMU's tools, which go by the images alone, see what the guest does not."""
+
+    def is_same(named: str, found: str) -> bool:
+        return named == found or task.host.file_id(named) == task.host.file_id(found)
+
+    as_defined = disk.backing + tuple(backing[len(disk.backing) :] if not disk.backing_ends else ())
+    same_chain = len(as_defined) == len(backing) and all(map(is_same, as_defined, backing))
+    why = disk.special or ("" if same_chain else "has other backing images in the domain's definition")
+    if why:
+        raise Unsupported(
+            f"{disk.target} {why}: it can be backed up only while the domain runs",
+            hint="Start the domain, or leave the disk out with DISK_IDS.",
+        )
 
 
 def _tracking(task: Task, chain: _Chain) -> Tracking:

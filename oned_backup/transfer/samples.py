@@ -11,7 +11,7 @@ from contextlib import closing
 from oned_backup.contract.exports import BackupType
 from oned_backup.disk import sample
 from oned_backup.disk.nbdsource import NbdSource
-from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision, changed_unseen
+from oned_backup.transfer.decide import Current, Decision, changed_unseen
 from oned_backup.transfer.task import Task
 
 
@@ -25,7 +25,7 @@ def check(
     before = {disk.disk_id: disk.sample for disk in task.parent.disks} if task.parent else {}
     samples = {}
     for disk in disks if task.checkpoint else ():
-        if disk.format != TRACKED_FORMAT:
+        if disk.untracked:
             continue
         socket, export, bitmap = served[disk.target]
         with closing(NbdSource(socket, export, dirty_bitmap=bitmap)) as source:

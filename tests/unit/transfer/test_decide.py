@@ -38,7 +38,11 @@ PARENT = Exports(disks=(BEFORE,), checkpoint="odb-0badcafe-x")
         (replace(NOW, source="/vm/b.qcow2"), Tracking.USABLE, Reason.DISK_REPLACED),
         (replace(NOW, source_id="2049:18"), Tracking.USABLE, Reason.DISK_REPLACED),
         (replace(NOW, size_bytes=1 << 20), Tracking.USABLE, Reason.DISK_SHRUNK),
-        (replace(NOW, format="raw"), Tracking.USABLE, Reason.NO_CHANGE_TRACKING),
+        (
+            replace(NOW, untracked="raw keeps no dirty bitmaps"),
+            Tracking.USABLE,
+            Reason.NO_CHANGE_TRACKING,
+        ),
     ],
 )
 def test_each_reason(now: Current, tracking: Tracking, reason: Reason) -> None:

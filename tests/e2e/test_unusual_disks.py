@@ -1,0 +1,130 @@
+"""Disks of kinds that few guests have: without an image format, of an old one, described by libvirt alone.
+
+The domain has no operating system. What is backed up must restore to what it was; what cannot be
+backed up is refused with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import libvirt
+import pytest
+from backed_up_vm import BackedUpVm, command
+from lab import Guest, LabDisk, Libvirtd
+
+from oned_backup.errors import Unsupported
+
+pytestmark = pytest.mark.guest
+
+BackUp = Callable[[Guest], BackedUpVm]
+MakeGuest = Callable[..., Guest]
+Observed = Callable[[str, object], None]
+
+
+def made(path: Path, *options: str, disk_format: str = "qcow2") -> LabDisk:
+    """A new image with something in it."""
+    command("qemu-img", "create", "-q", "-f", disk_format, *options, str(path), "16M")
+    command("qemu-io", "-f", disk_format, "-c", "write -P 1 0 1M", str(path))
+    return LabDisk(path, disk_format)
+
+
+@pytest.mark.fault("guest", "with raw disks alone, starts while it is backed up off")
+def test_a_raw_disk_is_kept_from_writers_while_it_is_read(
+    make_guest: MakeGuest, back_up: BackUp, tmp_path: Path, record_property: Observed
+) -> None:
+    folder = tmp_path / "a b,c=d'e\"fü:%g\\h"
+    folder.mkdir()
+    disk = made(folder / "-one,ü.raw", disk_format="raw")
+    vm = back_up(make_guest([disk], start=False, boot="disk", agent=False))
+    refused: list[str] = []
+
+    def start() -> None:
+        with pytest.raises(libvirt.libvirtError, match='Failed to get "write" lock') as error:
+            vm.guest.start()
+        refused.append(str(error.value))
+
+    vm.backup(meanwhile=start)
+    vm.assert_restores("vda")
+    record_property("observed", f"refused by QEMU: {refused[0].splitlines()[-1]}")
+
+
+@pytest.mark.fault("odd inputs", "qcow2 of version 2, which has no bitmaps")
+@pytest.mark.parametrize("running", [pytest.param(False, marks=pytest.mark.whole_matrix), True])
+def test_an_old_image_is_stored_whole_beside_increments_of_others(
+    make_guest: MakeGuest, back_up: BackUp, tmp_path: Path, record_property: Observed, running: bool
+) -> None:
+    disks = [made(tmp_path / "old.qcow2", "-o", "compat=0.10"), made(tmp_path / "new.qcow2")]
+    vm = back_up(make_guest(disks, start=False, boot="disk", agent=False))
+    if running:
+        vm.guest.start()
+    vm.backup()
+    point = vm.backup()
+    for target in ("vda", "vdb"):
+        vm.assert_restores(target)
+    assert (point.reason("vda"), point.reason("vdb")) == ("no-change-tracking", "increment")
+    record_property("observed", f"{point.disk('vda').reason.value}: {point.disk('vda').text}")
+
+
+class Edited(Guest):
+    """A guest with a disk that is defined otherwise than the lab defines disks."""
+
+    def __init__(self, libvirtd: Libvirtd, directory: Path, disk: LabDisk, old: str, new: str) -> None:
+        self._old, self._new = old, new
+        super().__init__(libvirtd, directory, "edited", [disk], boot="disk", agent=False)
+
+    def xml(self) -> str:
+        """The domain's definition."""
+        assert self._old in super().xml()
+        return super().xml().replace(self._old, self._new)
+
+
+@pytest.fixture
+def edited(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
+    """Make such a guest."""
+    guests: list[Guest] = []
+
+    def make(disk: LabDisk, old: str, new: str) -> Guest:
+        guests.append(Edited(libvirtd, tmp_path, disk, old, new))
+        return guests[0]
+
+    yield make
+    for guest in guests:
+        guest.destroy()
+
+
+@pytest.mark.fault("odd inputs", "disk that only libvirt can open, while off")
+@pytest.mark.whole_matrix
+@pytest.mark.parametrize("kind", ["slice", "luks", "chain"])
+def test_what_only_libvirt_can_open_is_refused_while_off(
+    edited: Callable[..., Guest], back_up: BackUp, tmp_path: Path, kind: str, record_property: Observed
+) -> None:
+    path = tmp_path / "one"
+    source = f'{path}"/>'
+    if kind == "slice":
+        more = '"><slices><slice type="storage" offset="65536" size="1048576"/></slices></source>'
+        disk = made(path, disk_format="raw")
+    elif kind == "luks":
+        owner = f'<secret type="passphrase" uuid="{uuid4()}"/>'
+        more = f'"><encryption format="luks">{owner}</encryption></source>'
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        command(
+            *("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc"),
+            *("-o", options, str(path), "16M"),
+        )
+        disk = LabDisk(path)
+    else:
+        made(tmp_path / "base")
+        disk = made(path, "-b", str(tmp_path / "base"), "-F", "qcow2")
+        more = '"/><backingStore/>'
+    vm = back_up(edited(disk, source, f"{path}{more}"))
+    with pytest.raises(Unsupported, match="only while the domain runs") as refused:
+        vm.tm("pre_backup", vm.next_backup(), files=vm.directory, operation_id="op-00000000000a")
+    vm.assert_nothing_left("op-00000000000a")
+    record_property("observed", str(refused.value))
+    if kind != "luks":
+        vm.guest.start()
+        vm.backup()
+        vm.assert_restores("vda")
