@@ -9,7 +9,6 @@ One daemon per state directory: the store locks its file.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -79,7 +78,6 @@ class Service:
     @classmethod
     def open(cls, settings: Settings, *, run: RunAction = run_action) -> Service:
         """The service over the settings' directories; `Conflict` if another daemon has them."""
-        os.umask(0o077)
         make_directories(settings)
         write_ssh_config(settings)
         store = Store.open(settings.database)

@@ -122,6 +122,9 @@ class Sshd:
         self.known_hosts.write_text("")
 
     def _listens(self) -> bool:
+        pid_file = self.directory / "sshd.pid"
+        if not (pid_file.exists() and pid_file.read_text()):
+            return False
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 

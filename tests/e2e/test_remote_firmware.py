@@ -43,6 +43,7 @@ def tpm_state(machine: Machine, uuid: str) -> bytes:
     return (machine.root / f"var/lib/libvirt/swtpm/{uuid}/tpm2/tpm2-00.permall").read_bytes()
 
 
+@pytest.mark.whole_matrix
 def test_from_rsync_and_restic_to_another_host(netlab: Netlab, site: Site, guest: Guest) -> None:
     hv1, hv2 = netlab["hv1"], netlab["hv2"]
     product = site.product

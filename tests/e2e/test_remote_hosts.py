@@ -237,7 +237,11 @@ def test_a_killed_daemon_leaves_nothing_on_the_hypervisor(
         ),
         pytest.param("copied, live", marks=pytest.mark.whole_matrix),
         pytest.param(
-            "shared, live", marks=pytest.mark.fault("change tracking", "VM moved to another host, running")
+            "shared, live",
+            marks=[
+                pytest.mark.whole_matrix,  # as test_a_backup_waits_for_a_migration does
+                pytest.mark.fault("change tracking", "VM moved to another host, running"),
+            ],
         ),
     ],
 )
@@ -329,7 +333,7 @@ def test_a_backup_waits_for_a_migration(
     add_host(product, hv2, tm="shared")
     backup(product, "-d", "nightly")
     with ThreadPoolExecutor(1) as pool:
-        migration = pool.submit(migrate, guest, hv2, mib_per_s=4)
+        migration = pool.submit(migrate, guest, hv2, mib_per_s=1)
         wait_for("the migration", lambda: guest.domain.jobStats().get("type"), 60)
         operation = product.ask("vm", "backup", "0", "--no-wait")["id"]
         wait_for("the backup to wait", lambda: "is being migrated" in notes(product, operation), 60)

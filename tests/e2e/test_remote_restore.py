@@ -250,6 +250,7 @@ def test_the_host_cleans_up_if_the_daemon_stays_dead(backups: Backups) -> None:
     assert list((backups.there / "srv").iterdir()) == []
 
 
+@pytest.mark.whole_matrix
 def test_a_cable_that_is_pulled_and_put_back(backups: Backups) -> None:
     operation = _begin(backups)
     backups.netlab["hv2"].link(up=False)

@@ -97,6 +97,7 @@ def test_a_cable_that_is_put_back_is_all_it_takes(
     assert store.failures() == {ID: {}}
 
 
+@pytest.mark.whole_matrix
 def test_a_cable_that_stays_away_leaves_the_store_good(netlab: Netlab, store: Store) -> None:
     chain = make_chain(store)
     disk = Disk(store.root / "disk.qcow2")

@@ -90,8 +90,13 @@ def test_directories(host: Host, tmp_path: Path) -> None:
         host.lend_dir(directory / "qemu", os.geteuid())
         assert directory.stat().st_mode & 0o777 == 0o711
         assert (directory / "qemu").stat().st_mode & 0o777 == 0o700
-    host.make_dir(tmp_path / "scratch" / "deep")
-    assert (tmp_path / "scratch" / "deep").stat().st_mode & 0o777 == 0o711
+    before = os.umask(0o077)  # as the daemon has it
+    try:
+        host.make_dir(tmp_path / "scratch" / "deep")
+    finally:
+        os.umask(before)
+    for made in (tmp_path / "scratch", tmp_path / "scratch" / "deep"):
+        assert made.stat().st_mode & 0o777 == 0o711
 
 
 def test_trees(host: Host, tmp_path: Path) -> None:
