@@ -16,6 +16,7 @@ from oned_backup.model.document import (
     ADMINISTRATOR,
     Document,
     Owner,
+    add_id,
     checked_title,
     id_list,
     identity,
@@ -162,7 +163,7 @@ def with_capacity(datastore: Datastore, *, total_mb: int, used_mb: int, free_mb:
 def with_image(datastore: Datastore, image_id: int) -> Datastore:
     """`datastore` keeping a further image."""
     element = xmldoc.copy(datastore.element)
-    xmldoc.put(element, "IMAGES", id_list({*datastore.image_ids, image_id}))
+    add_id(element, "IMAGES", image_id)
     return Datastore(element)
 
 

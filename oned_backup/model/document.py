@@ -6,6 +6,7 @@ elements this version does not know survive every change.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -99,12 +100,23 @@ def shown(text: str, max_characters: int = 400) -> str:
 
 def ids(element: xmldoc.Element, path: str) -> tuple[int, ...]:
     """The numbers of an id list (`<X><ID>1</ID>…</X>`), ascending."""
-    return tuple(sorted(xmldoc.integer(entry, ".") for entry in element.findall(f"{path}/ID")))
+    listed = element.findall(f"{path}/ID")
+    try:
+        return tuple(sorted(int(entry.text or "") for entry in listed))
+    except ValueError as error:
+        raise InvalidInput(f"{element.tag}/{path}: {error}") from error
 
 
 def id_list(values: Iterable[int]) -> dict[str, xmldoc.Content]:
     """The content of an id list element: ascending, each once."""
     return {"ID": [xmldoc.build("ID", value) for value in sorted(set(values))]}
+
+
+def add_id(element: xmldoc.Element, tag: str, number: int) -> None:
+    """Enter a number into the id list `tag` of `element`, unless it is there."""
+    known = ids(element, tag)
+    if number not in known:
+        section(element, tag).insert(bisect(known, number), xmldoc.build("ID", number))
 
 
 def replace_all(parent: xmldoc.Element, tag: str, children: Sequence[xmldoc.Element]) -> None:

@@ -22,6 +22,7 @@ from oned_backup.model.document import (
     ADMINISTRATOR,
     Document,
     Owner,
+    add_id,
     checked_title,
     id_list,
     identity,
@@ -317,7 +318,7 @@ def with_config(vm: Vm, config: BackupConfig) -> Vm:
 def with_backup(vm: Vm, image_id: int) -> Vm:
     """`vm` with a further backup image."""
     element = xmldoc.copy(vm.element)
-    xmldoc.put(section(element, "BACKUPS"), "BACKUP_IDS", id_list({*vm.backup_ids, image_id}))
+    add_id(section(element, "BACKUPS"), "BACKUP_IDS", image_id)
     return Vm(element)
 
 
