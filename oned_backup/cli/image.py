@@ -93,7 +93,7 @@ def _disk_rows(point: Mapping[str, Any]) -> list[tuple[Any, ...]]:
             disk["type"],
             disk["reason"],
             output.size(disk["size_bytes"]),
-            output.size(disk["stored_bytes"])
+            output.size(disk["stored_bytes"] or None)
             + (f" of {output.size(disk['uncompressed_bytes'])}" if disk["uncompressed_bytes"] else ""),
         )
         for disk in point["disks"]

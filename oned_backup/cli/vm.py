@@ -69,6 +69,11 @@ def list_vms(*, json: Json = False) -> None:
         output.warn("Why, and what to do: oned-backup operation list --failed")
 
 
+def _settings(vm: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What `vm set` can change: without the ids of the chain."""
+    return [(key, value) for key, value in vm["config"].items() if not key.endswith("_ID")]
+
+
 def _day(seconds: float | None) -> str:
     return output.when(seconds)[5:16] or "never"
 
@@ -93,7 +98,7 @@ def show(ref: _Ref, *, json: Json = False) -> None:
             ("last good", _ago(vm["last_backup"] and vm["last_backup"]["stored_at"])),
             ("last proved", _ago(vm["last_verified_at"])),
             ("chain", f"image {chain['image_id']}, increment {chain['increment_id']}" if chain else "none"),
-            *((key, value) for key, value in vm["config"].items() if not key.endswith("_ID")),
+            *_settings(vm),
         ]
     )
     output.say("")
@@ -156,7 +161,7 @@ def configure(
     if json:
         output.print_json(vm)
         return
-    output.print_fields(list(vm["config"].items()))
+    output.print_fields(_settings(vm))
     if vm["chain_ended"]:
         output.warn("note: this ends the active chain: the next backup is a full one")
 

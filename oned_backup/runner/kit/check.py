@@ -37,7 +37,8 @@ def check_driver(
     """
     unknown = sorted(set(only or ()) - set(CLAUSES))
     if unknown:
-        raise InvalidInput(f"there is no clause {unknown[0]}", hint=f"There are {', '.join(CLAUSES)}.")
+        known = ", ".join(sorted(CLAUSES))
+        raise InvalidInput(f"there is no clause {unknown[0]}", hint=f"There are {known}.")
     root = Path(tempfile.mkdtemp(prefix="odb-kit-"))
     results: list[ClauseResult] = []
     try:
