@@ -130,9 +130,9 @@ def nvram_path(xml: xmldoc.Element) -> str:
     return xmldoc.text(xml, "os/nvram")
 
 
-def has_tpm_state(xml: xmldoc.Element) -> bool:
-    """Whether the domain has an emulated TPM."""
-    return xml.find("devices/tpm/backend[@type='emulator']") is not None
+def tpm(xml: xmldoc.Element) -> xmldoc.Element | None:
+    """The domain's emulated TPM, whose state is kept on the host; None if it has none."""
+    return xml.find("devices/tpm/backend[@type='emulator']")
 
 
 def _disk(element: xmldoc.Element) -> DomainDisk:

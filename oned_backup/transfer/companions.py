@@ -7,6 +7,7 @@ or an encrypted disk would be restored and not start.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from oned_backup import xmldoc
@@ -41,12 +42,20 @@ def write_firmware(task: Task, domain: Domain, directory: Path) -> tuple[str, ..
     if variables is not None:
         _write(directory / NVRAM, variables)
         names.append(NVRAM)
-    if domains.has_tpm_state(xml):
+    if domains.tpm(xml) is not None:
         state = task.host.read_tree(task.swtpm_dir / domain.uuid, max_bytes=_MAX_TPM_BYTES)
         if state is not None:
             _write(directory / TPM, packed(state))
             names.append(TPM)
     return tuple(names)
+
+
+def left_out(domain: Domain, names: Collection[str]) -> str:
+    """What to tell of a running domain's firmware and TPM if their state was not found; else nothing."""
+    xml = domain.xml()
+    has = {"UEFI variables": (xml.find("os/nvram"), NVRAM), "TPM": (domains.tpm(xml), TPM)}
+    lost = [what for what, (element, name) in has.items() if element is not None and name not in names]
+    return f"the state of its {' and '.join(lost)} was not found: it is not in the backup" if lost else ""
 
 
 def unpack_tpm(host: Host, archive: bytes, directory: Path) -> None:

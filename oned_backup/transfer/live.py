@@ -94,7 +94,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
             mode.value,
             window.method.value,
             window.milliseconds,
-            "; ".join(filter(None, (window.warning, unprotected))),
+            "; ".join(filter(None, (window.warning, unprotected, companions.left_out(domain, files)))),
         ),
         excluded=selection.excluded,
         files=files,

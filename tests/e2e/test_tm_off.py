@@ -250,6 +250,12 @@ def test_nvram_and_tpm_travel_with_the_backup(
     with tarfile.open(point.files / "tpm.tar") as tar:
         assert "tpm2/tpm2-00.permall" in tar.getnames()
     assert b"<name>" + guest.name.encode() in (point.files / "domain.xml").read_bytes()
+    assert point.exports.freeze.warning == ""
+    state = guest.libvirtd.swtpm_dir / guest.uuid
+    state.rename(tmp_path / "elsewhere")
+    warning = vm.backup().exports.freeze.warning
+    assert warning == "the state of its TPM was not found: it is not in the backup"
+    (tmp_path / "elsewhere").rename(state)
     guest.end()
     assert set(vm.backup().exports.files) == {"vm.xml", "domain.xml", "nvram.fd", "tpm.tar"}
 
