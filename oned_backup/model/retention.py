@@ -10,8 +10,8 @@ all chains and full backups of the VM in one datastore; each datastore is counte
     keep-last n     the n newest; an image of MODE=FULL is one point, an increment is one
     keep-daily n    the newest of each of the n newest days that have one; likewise
                     keep-weekly (ISO weeks), keep-monthly, keep-yearly, as in restic and PBS
-    damaged         a broken point that is not older than the oldest point kept: verification may
-                    find it whole again. It never counts, so it pushes no good one out
+    damaged         a broken point that a rule would keep if it were good: verification may find it
+                    whole again, or something of it be saved. It never counts, so it pushes no good one out
     continued       cannot go, because what is kept continues it and they cannot be merged
     imported        is in a datastore that holds nothing of the VM but what was imported
 
@@ -30,7 +30,7 @@ are cut off; an image of which nothing is kept goes as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, tzinfo
 from enum import StrEnum
 from itertools import chain, groupby
@@ -165,11 +165,21 @@ def kept_by_rules(
             kept = _by_settings(members, rules, active_image, zone)
         for point, reason in chain(((point, "pinned") for point in members if point.pinned), kept):
             reasons[point.key] = (*reasons.get(point.key, ()), reason)
-        oldest = min((point.date for point in members if point.good and point.key in reasons), default=None)
-        for point in members:
-            if rules and not point.good and (oldest is None or point.date >= oldest):
-                reasons[point.key] = (*reasons.get(point.key, ()), "damaged: verification may find it whole")
+        for point in _damaged(members, rules, active_image, zone):
+            reasons[point.key] = (*reasons.get(point.key, ()), "damaged: verification may find it whole")
     return reasons
+
+
+def _damaged(
+    points: Sequence[Point], rules: Rules, active_image: int, zone: tzinfo | None
+) -> Iterator[Point]:
+    """The broken points that a rule would keep if they were good; each is looked at for itself."""
+    good = [point for point in points if point.good]
+    for point in points:
+        if rules and not point.good:
+            whole = replace(point, good=True)
+            if any(kept is whole for kept, _ in _by_settings([*good, whole], rules, active_image, zone)):
+                yield point
 
 
 def _all(points: Iterable[Point], reason: str) -> Iterator[tuple[Point, str]]:

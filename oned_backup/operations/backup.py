@@ -59,6 +59,7 @@ from oned_backup.operations import inventory, record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
+from oned_backup.operations.damage import enter_absence
 from oned_backup.operations.delete import removed_later
 from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
@@ -263,6 +264,10 @@ def _store(context: Context) -> Mapping[str, Any]:
             exports=exports,
             options={**_options(context, plan), **NEW_ID},  # chosen by this attempt's PLAN
         )
+    except NotFound as absent:
+        if image is not None and enter_absence(context, image):
+            raise Busy(f"{absent}: planning again") from absent
+        raise
     except (NoSpace, Unavailable):
         services.measured_at.pop(plan.datastore_id, None)  # what was measured is no longer true
         raise

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from oned_backup.contract.documents import VerifiedBackup
-from oned_backup.errors import NotFound
+from oned_backup.errors import DataCorrupt, NotFound
 from oned_backup.model.image import Image
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.model.vm import Vm, with_config
+from oned_backup.operations import stored
 from oned_backup.operations.context import Context
 from oned_backup.store import BackupState, Transaction
 
@@ -66,6 +67,26 @@ def record_verified(
         for backup_id in found.keys() - still_bad:
             tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
     return broken, ends_chain
+
+
+def enter_absence(context: Context, image: Image) -> bool:
+    """Whether increments of `image` are not in its store, or lack others there; they are marked as broken.
+
+    Each is looked for: a store that was brought back from an older copy lacks several.
+    """
+    absent: dict[str, str] = {}
+    for increment in context.services.image(image.id).increments:
+        try:
+            stored.list_disks(context.services, context.caller, image, increment.id)
+        except (NotFound, DataCorrupt) as error:
+            absent[increment.source] = str(error)
+    if not absent:
+        return False
+    with context.services.store.transaction() as tx:
+        known = {row.backup_id for row in tx.backups(image_id=image.id)}
+        broken, _ = mark_broken(tx, image.id, {name: text for name, text in absent.items() if name in known})
+    context.note(f"not in the store, and marked as BROKEN: {', '.join(broken)}")
+    return bool(broken)
 
 
 def found_while_reading(context: Context, backup_id: str, text: str) -> None:

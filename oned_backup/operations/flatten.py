@@ -31,6 +31,7 @@ from oned_backup.errors import (
     DataCorrupt,
     DriverBug,
     NoSpace,
+    NotFound,
     OnedBackupError,
     Unsupported,
 )
@@ -188,7 +189,7 @@ def _merge(context: Context) -> Mapping[str, Any]:
             options={"MERGE_IDS": ",".join(plan.merge_ids), **NEW_ID},
             **_sections(context, plan),
         )
-    except DataCorrupt as damage:
+    except (DataCorrupt, NotFound) as damage:
         _enter_damage(context, plan, damage)
         raise
     finally:
@@ -256,7 +257,7 @@ def _beginning(disk_id: int, merged: Sequence[Manifest]) -> Mapping[str, Any]:
     return found
 
 
-def _enter_damage(context: Context, plan: FlattenPlan, damage: DataCorrupt) -> None:
+def _enter_damage(context: Context, plan: FlattenPlan, damage: OnedBackupError) -> None:
     """Find out which of the backups are damaged, and mark them and all that continue them."""
     failures: dict[str, str] = {}
     image = context.services.image(plan.image_id)
@@ -272,6 +273,8 @@ def _enter_damage(context: Context, plan: FlattenPlan, damage: DataCorrupt) -> N
         raise
     except OnedBackupError as error:
         context.note(f"it could not be found out which backup is damaged: {error}")
+    if not failures and isinstance(damage, NotFound):
+        return
     if not failures:  # read as a whole it is not what it was: at least this point cannot be proved
         failures = {plan.merge_ids[-1]: f"could not be proved by a merge: {damage}"}
     with context.services.store.transaction() as tx:

@@ -38,6 +38,8 @@ class Prepared:
 
     space: Space
     finished: bool = False
+    #: the parent's name is there, or none was asked for
+    parent: bool = True
     partial: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -62,10 +64,10 @@ class Server:
         """How full it is; `Unavailable` for a store that is not there."""
         return _space(self._ask("monitor", self._images))
 
-    def prepare(self, vm: str, backup_id: str) -> Prepared:
+    def prepare(self, vm: str, backup_id: str, parent_id: str = "") -> Prepared:
         """Make the folder for a backup that is not finished, and make ready what is in it to be continued."""
-        answers = self._ask("prepare", self._images, vm, backup_id)
-        prepared = Prepared(_space(answers))
+        answers = self._ask("prepare", self._images, vm, backup_id, parent_id)
+        prepared = Prepared(_space(answers), parent=("parent", "no") not in answers)
         for key, value in answers:
             if key == "finished":
                 prepared.finished = True

@@ -45,9 +45,9 @@ mark() {
 }
 
 enter() {                       # the folder of VM $1; made if $2 is `make`
-    if [ "${2:-}" = make ] && ! there "$1"; then
-        mkdir "$1" 2>/dev/null || is_folder "$1" || try mkdir "$1"
-        try sync .
+    if [ "${2:-}" = make ]; then
+        there "$1" || mkdir "$1" 2>/dev/null || is_folder "$1" || try mkdir "$1"
+        try sync .              # also if it is there: whoever made it may have died before this
     fi
     there "$1" || return 1
     is_folder "$1" || fail 65 "$base/$1 is not what a store has there"
@@ -62,10 +62,11 @@ case $verb in
 monitor)                        # IMAGES
     require_store "$1"
     ;;
-prepare)                        # IMAGES VM ID: where to put a backup, and what is there of it
+prepare)                        # IMAGES VM ID PARENT: where to put a backup, and what is there of it
     require_store "$1"
     mark
     enter "$2" make
+    [ -z "${4:-}" ] || there "$4" || echo "odb parent no"
     if there "$3"; then
         is_folder "$3" || fail 65 "$base/$2/$3 is not what a store has there"
         try sync .

@@ -29,7 +29,7 @@ from oned_backup.rsync.stream import Pace, Rest, bytes_per_second
 from oned_backup.sdk import failures
 from oned_backup.sdk.call import Call
 from oned_backup.sdk.files import BackupFiles
-from oned_backup.sdk.folder_store import partial_name
+from oned_backup.sdk.folder_store import continued_id, partial_name
 from oned_backup.sdk.mounted import mounted
 from oned_backup.sdk.process import run
 from oned_backup.sdk.ssh import wrapper_path
@@ -48,16 +48,26 @@ _MOST_RESTARTS = 2
 
 
 class Transfer:
-    """A backup on its way. `open_files` gives its files; each attempt reads them anew."""
+    """A backup on its way. `open_files` gives its files; each attempt reads them anew.
+
+    `without_parent` raises if it is wrong that the server has nothing under the name of the parent.
+    """
 
     def __init__(
-        self, call: Call, server: Server, backup_id: str, open_files: Callable[[], BackupFiles]
+        self,
+        call: Call,
+        server: Server,
+        backup_id: str,
+        open_files: Callable[[], BackupFiles],
+        without_parent: Callable[[], None],
     ) -> None:
         self._call = call
         self._server = server
         self._vm = str(call.vm_id)
         self._backup_id = backup_id
         self._open_files = open_files
+        self._without_parent = without_parent
+        self._parent_id = continued_id(call)
         self._begun = False
         self._restarts = 0
         self._there_bytes = 0
@@ -87,9 +97,11 @@ class Transfer:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _attempt(self) -> Manifest | None:
-        prepared = self._server.prepare(self._vm, self._backup_id)
+        prepared = self._server.prepare(self._vm, self._backup_id, self._parent_id)
         if prepared.finished:
             return None
+        if not prepared.parent:
+            self._without_parent()
         if self._begun:
             there_mb = prepared.partial_bytes >> 20
             self._call.warn(f"{self._server.settings.target} answers again and has {there_mb} MB: going on")

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
+from oned_backup.contract.exports import BackupType
 from oned_backup.errors import (
     DataCorrupt,
     InvalidInput,
@@ -225,6 +226,22 @@ def refuse_parents(call: Call, folder: Folder, ids: Sequence[str]) -> None:
     restore_points.refuse_parents(found, ids)
 
 
+def continued_id(call: Call) -> str:
+    """The backup that the one at hand continues; empty if it stands alone."""
+    exports = call.request.exports
+    return call.backup.parent_id if exports is not None and exports.type is BackupType.INCREMENT else ""
+
+
+def require_parent(call: Call, folder: Folder) -> None:
+    """`NotFound` if the backup at hand continues one that is not in the store: nobody could restore it.
+
+    That happens to a store that was brought back from an older copy, or that is another one.
+    """
+    parent_id = continued_id(call)
+    if parent_id and _lost([parent_id], folder, Manifests(folder)):
+        raise NotFound(f"{folder.path / parent_id} is absent: backup {call.backup.id} cannot continue it")
+
+
 def merged_files(call: Call, folder: Folder) -> MergedFiles:
     """The files of the merged backup that `increment_flatten` is to make of some in `folder`."""
     from oned_backup.sdk.flatten import MergedFiles  # noqa: PLC0415 - loads the data engine
@@ -269,8 +286,9 @@ def _say_what_is_unproved(call: Call, manifests: Iterable[Manifest]) -> None:
 
 
 def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> VerifiedBackup:
+    load = Manifests(folder)
     try:
-        manifest = Manifests(folder)(backup_id)
+        manifest = load(backup_id)
     except (DataCorrupt, NotFound) as error:
         return VerifiedBackup(backup_id, 0, ((MANIFEST, error.message),))
     _say_what_is_unproved(call, [manifest])
@@ -282,4 +300,12 @@ def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> 
         call.progress(done, manifest.size_bytes)
 
     with folder.folder(backup_id) as stored:
-        return verify_backup(stored, manifest, percent=percent, advance=advance)
+        found = verify_backup(stored, manifest, percent=percent, advance=advance)
+    parents = sorted({disk.parent_id for disk in manifest.disks if disk.parent_id})
+    lost = [(MANIFEST, f"continues {name}, which is absent") for name in _lost(parents, folder, load)]
+    return VerifiedBackup(backup_id, found.read_bytes, (*found.failures, *lost))
+
+
+def _lost(parents: Iterable[str], folder: Folder, load: Manifests) -> list[str]:
+    """Those of `parents` that are absent, and that no other backup stands for."""
+    return [name for name in parents if not folder.has(name) and load.standing_for(name) is None]

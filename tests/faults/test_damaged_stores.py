@@ -273,6 +273,28 @@ def test_a_broken_chain_is_not_continued_and_not_merged(site: Simulation) -> Non
     assert states(site) == ["GOOD", "BROKEN", "BROKEN"]
 
 
+@pytest.mark.whole_matrix
+def test_a_store_that_was_brought_back_from_an_older_copy() -> None:
+    """An increment on top of what the copy lacks could not be restored, and every later one neither."""
+    with simulation() as site:
+        older = site.directory / "older"
+        shutil.copytree(site.store, older)
+        for _ in range(2):
+            assert site.backup() == "INCREMENT"
+        shutil.rmtree(site.store)
+        older.rename(site.store)
+        site.set(KEEP_LAST="2")
+        assert site.backup() == "FULL"
+        notes = site.client.get(f"operations/{site.operations('backup')[0]['id']}")["result"]["notes"]
+        assert any("not in the store, and marked as BROKEN" in note for note in notes), notes
+        site.settle()
+        found = {(point["image_id"], point["increment_id"]): point["state"] for point in site.points()}
+        assert found == {(0, 2): "GOOD", (0, 3): "BROKEN", (0, 4): "BROKEN", (1, 0): "GOOD"}
+        for key in ((0, 2), (1, 0)):
+            assert site.restore(*key) == site.truth[key]
+        assert site.backup() == "INCREMENT"
+
+
 def test_verify_beside_a_merge_and_its_removal(the_site: Simulation) -> None:
     """What the merge replaced is not removed under the verification, nor called damaged."""
     site = the_site

@@ -24,6 +24,7 @@ from oned_backup.sdk.folder_store import (
     partial_name,
     refuse_parents,
     removing_name,
+    require_parent,
     stored_answer,
 )
 from oned_backup.sdk.publish import Folder
@@ -57,6 +58,8 @@ class FsDatastore(FolderStore):
                 with suppress(Conflict):  # another first backup was quicker
                     base.publish_file(MARKER, MARKER_TEXT)
             with base.make_folder(vm, exist_ok=True) as folder:
+                if not folder.has(finished_name(call.backup.id)):
+                    require_parent(call, folder)
                 return stored_answer(_published(call, base, folder, call.files))
 
     def increment_flatten(self, call: Call) -> Answer:

@@ -23,6 +23,7 @@ from oned_backup.sdk.folder_store import (
     is_store,
     merged_files,
     refuse_parents,
+    require_parent,
     stored_answer,
 )
 from oned_backup.sdk.publish import Folder
@@ -54,11 +55,15 @@ class RsyncDatastore(FolderStore):
 
     def backup(self, call: Call) -> Answer:
         """Send all files under a temporary name, then publish."""
-        manifest = _send(call, call.files)
+        manifest = _send(call, call.files, lambda: self._require_parent(call))
         if manifest is None:  # asked again
             with self.open_vm(call, call.vm_id) as folder:
                 manifest = Manifests(folder)(call.backup.id)
         return stored_answer(manifest)
+
+    def _require_parent(self, call: Call) -> None:
+        with self.open_vm(call, call.vm_id) as folder:
+            require_parent(call, folder)
 
     def increment_flatten(self, call: Call) -> Answer:
         """Send the merged backup, as a backup is sent, beside those that it replaces."""
@@ -104,7 +109,9 @@ def _server(call: Call) -> Server:
     )
 
 
-def _send(call: Call, open_files: Callable[[], BackupFiles]) -> Manifest | None:
+def _send(
+    call: Call, open_files: Callable[[], BackupFiles], without_parent: Callable[[], None] = lambda: None
+) -> Manifest | None:
     from oned_backup.rsync.transfer import Transfer  # noqa: PLC0415 - loads the data engine
 
-    return Transfer(call, _server(call), finished_name(call.backup.id), open_files).complete()
+    return Transfer(call, _server(call), finished_name(call.backup.id), open_files, without_parent).complete()

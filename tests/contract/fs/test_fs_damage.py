@@ -178,6 +178,24 @@ def test_a_chain_with_a_gap(chain):
     assert store.failures()[IDS[1]].keys() == {"manifest.json"}
 
 
+def test_nothing_is_stored_on_top_of_what_is_not_there(chain, lab):
+    store = chain.store
+    shutil.rmtree(store.path(IDS[2]))
+    disk = lab.Disk(store.root / "disk.qcow2")
+    if not disk.path.exists():
+        disk = lab.Disk.create(disk.path, "20M")
+        disk.track("b2")
+    with disk.served("b2") as socket:
+        exports = lab.exports_of(lab.export(disk, socket, 3, "b2"), increment=3)
+        with pytest.raises(NotFound, match=f"{IDS[2]} is absent"):
+            store.backup("d", exports, parent=IDS[2])
+        assert store.names() == {*IDS[:2]}
+        store.backup("d", exports, parent=IDS[1])
+        shutil.rmtree(store.path(IDS[1]))
+        store.backup("d", exports, parent=IDS[1])  # asked again
+    assert store.failures()["d"] == {"manifest.json": f"continues {IDS[1]}, which is absent"}
+
+
 def test_salvage_fills_with_zeros_what_cannot_be_proved_and_says_so(chain, tmp_path):
     store = chain.store
     path = store.path(IDS[0]) / "disk.0.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from opennebula_store import IDS, OpenNebulaStore
 from sshd import Sshd
-from stores import Chain, Store, run
+from stores import Chain, Disk, Store, export, exports_of, run
 
-from oned_backup.errors import Misconfigured, Unavailable
+from oned_backup.contract.request import Backup
+from oned_backup.errors import Misconfigured, NotFound, Unavailable
 
 COPIES = "/var/tmp/restore"  # noqa: S108 - as the guide says
 GUIDE = (Path(__file__).parents[3] / "share/doc/restore-by-hand.md").read_text()
@@ -81,3 +83,24 @@ def test_arguments_that_are_refused_are_misconfigured(action: str, made_chain: C
     )
     with pytest.raises(Misconfigured, match="'-e' is refused: it would have another program run"):
         store.call(action) if action != "backup_cancel" else store.cancel(store.chain[0])
+
+
+def test_nothing_is_stored_on_top_of_what_is_not_there(chain: Chain) -> None:
+    store, disk = chain.store, Disk.create(chain.store.root / "another.qcow2", "20M")
+    disk.track("b")
+    first, second, third = list(store.chain)
+    answer = store.call(
+        "increment_flatten",
+        {"MERGE_IDS": f"{second},{third}"},
+        backup=Backup(id="m", chain_id=first, increment_id=2, date=1, parent_id=first),
+    )
+    assert answer["BACKUP_ID"] == "m"
+    shutil.rmtree(store.path(third))
+    with disk.served("b") as socket:
+        exports = exports_of(export(disk, socket, 3, "b"), increment=3)
+        store.backup("d", exports, parent=third)  # which the merged one stands for
+        shutil.rmtree(store.path("m"))
+        with pytest.raises(NotFound, match=f"{third} is absent"):
+            store.backup("e", exports, parent=third)
+    assert store.names() == {first, second, "d"}
+    assert store.failures(BACKUP_IDS="d")["d"] == {"manifest.json": f"continues {third}, which is absent"}

@@ -177,6 +177,20 @@ def test_old_broken_points_go_with_those_of_their_age() -> None:
     assert not plan.merges
 
 
+def test_broken_points_stay_until_enough_good_ones_are_newer() -> None:
+    old = chain(0, 1, 2, bad=(0, 1, 2))
+    new = [chain(3 + number, image=1 + number)[0] for number in range(3)]
+    rules = Rules(keep_last=3)
+    assert len(kept(plan_retention([*old, new[0]], rules))) == 4, "what is saved of them may be all there is"
+    plan = plan_retention([*old, *new[:2]], rules)
+    assert kept(plan) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
+    assert reasons(plan, 2) == "damaged: verification may find it whole"
+    assert reasons(plan, 1) == reasons(plan, 2)
+    assert plan_retention([*old, *new], rules).images == (0,)
+    ancient = chain(-900, image=9, pinned=(0,))  # does not hold the space of the broken ones for ever
+    assert plan_retention([*old, *new, *ancient], rules).images == (0,)
+
+
 def test_what_is_damaged_is_not_merged() -> None:
     points = [*chain(0, 1, 2, 3, bad=(1,), pinned=(3,)), *chain(4, image=1)]
     plan = plan_retention(points, Rules(keep_last=1), active_image=1)

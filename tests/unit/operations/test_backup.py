@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from oned_backup import xmldoc
+from oned_backup.contract.documents import Listing
 from oned_backup.contract.request import Outcome, Request
 from oned_backup.errors import (
     Busy,
     DriverFailed,
     Misconfigured,
     NoSpace,
+    NotFound,
     OnedBackupError,
     Unavailable,
 )
@@ -21,7 +24,7 @@ from oned_backup.model.names import checkpoint_name
 from oned_backup.model.vm import DomainState
 from oned_backup.operations.inventory import configure_vm
 from oned_backup.runner.run import Cancellation
-from oned_backup.store import Operation, OperationState
+from oned_backup.store import BackupState, Operation, OperationState
 
 from .conftest import World
 
@@ -345,3 +348,30 @@ def test_a_journal_that_cannot_be_written_does_not_stop_the_cleaning(
     failed = world.run("backup", vm_id=0)
     assert error_of(failed)["code"] == "NoSpace"
     assert world.drivers.cleaning() == ["post_backup_live", "backup_cancel", "rm"]
+
+
+def listing(_request: Request) -> dict[str, str]:
+    """Of a restore point whose driver finds it."""
+    return {"LISTING": xmldoc.serialize(Listing(()).to_xml())}
+
+
+def test_what_a_store_turns_out_to_lack_is_not_continued(world: World) -> None:
+    points = [str(world.run("backup", vm_id=0).result["backup_id"]) for _ in range(4)]
+    world.drivers.script["backup"] = [NotFound(f"{points[3]} is absent")]
+    world.drivers.script["ls"] = [None, None, NotFound("absent"), NotFound("absent")]
+    world.drivers.answers["ls"] = listing
+    done = world.run("backup", vm_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert (done.result["type"], done.result["image_id"]) == ("FULL", 1)
+    assert any(f"marked as BROKEN: {points[2]}, {points[3]}" in note for note in done.result["notes"])
+    states = [row.state for row in world.services.store.backups(image_id=0)]
+    assert states == [BackupState.GOOD] * 2 + [BackupState.BROKEN] * 2
+
+
+def test_a_store_that_only_says_so_convicts_nothing(world: World) -> None:
+    world.run("backup", vm_id=0)
+    world.drivers.answers["ls"] = listing
+    world.drivers.script["backup"] = [NotFound("absent")]
+    assert world.run("backup", vm_id=0).state is OperationState.FAILED
+    assert {row.state for row in world.services.store.backups()} == {BackupState.GOOD}
+    assert world.run("backup", vm_id=0).result["type"] == "INCREMENT"
