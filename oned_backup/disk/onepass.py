@@ -10,7 +10,6 @@ from oned_backup.disk.blocks import blocks_size_bytes
 from oned_backup.disk.checksums import Checksums
 from oned_backup.disk.layout import Layout
 from oned_backup.disk.source import Source
-from oned_backup.disk.spans import CLUSTER
 
 #: metadata clusters that are handed out as one chunk
 _METADATA_GROUP = 16
@@ -41,11 +40,6 @@ class OnePass:
     def size_bytes(self) -> int:
         """Size of the file; of one that is compressed the most it can be, until the pass has ended."""
         return self.layout.size_bytes
-
-    @property
-    def data_bytes(self) -> int:
-        """How much of the guest's data it holds."""
-        return self.layout.data.total * CLUSTER
 
     @property
     def blocks_size_bytes(self) -> int:

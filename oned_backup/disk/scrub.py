@@ -1,8 +1,4 @@
-"""Proving that stored files are still what was written.
-
-`verify_file` needs nothing but the checksum in the manifest; `verify_blocks`
-says where a file is damaged, or looks at a sample only. Neither knows qcow2.
-"""
+"""Where a stored file is no longer what was written, of all of it or of a sample. Knows nothing of qcow2."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from blake3 import blake3
 
 from oned_backup.disk.blocks import BlockFile
 from oned_backup.disk.buffers import BATCH_BYTES
@@ -34,38 +28,6 @@ class Failure:
     text: str
 
 
-def verify_file(
-    path: Path, expected_blake3: str, *, hash_from: int = 0, progress: Progress | None = None
-) -> list[Failure]:
-    """Nothing if the whole file hashes to that hex digest, else one failure. `NotFound` if absent.
-
-    The digest is of the bytes from `hash_from` to the end, then from 0 on.
-    """
-    fd = open_stored(path)
-    done = size = 0
-    try:
-        size = os.fstat(fd).st_size
-        _forget_cached(fd)
-        digest = blake3(max_threads=blake3.AUTO)
-        buffer = memoryview(bytearray(2 * BATCH_BYTES))
-        for first, end in ((hash_from, size), (0, min(hash_from, size))):
-            position = first
-            while position < end and (count := os.preadv(fd, [buffer[: end - position]], position)):
-                digest.update(buffer[:count])
-                position += count
-                done += count
-                if progress is not None:
-                    progress(done, size)
-    except OSError as error:
-        return [Failure(str(path), done, size - done, f"{path}: read error at {done}: {error.strerror}")]
-    finally:
-        os.close(fd)
-    found = digest.hexdigest()
-    if found == expected_blake3:
-        return []
-    return [Failure(str(path), 0, done, f"{path}: blake3 of {done} bytes is {found}, not {expected_blake3}")]
-
-
 def verify_blocks(
     path: Path, blocks_path: Path, percent: float = 100, *, progress: Progress | None = None
 ) -> list[Failure]:
@@ -73,6 +35,7 @@ def verify_blocks(
 
     A wrong size or an unreadable `.blocks` file is a failure too.
     """
+    _forget_cached(path)
     try:
         stored = StoredFile(path, blocks_path)
     except DataCorrupt as error:
@@ -114,6 +77,10 @@ def _sample(count: int, percent: float) -> list[int]:
     return sorted(random.sample(range(count), wanted))
 
 
-def _forget_cached(fd: int) -> None:
+def _forget_cached(path: Path) -> None:
     """Make the reads that follow come from the disk, as far as the kernel agrees."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    fd = open_stored(path)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

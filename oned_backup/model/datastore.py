@@ -67,11 +67,6 @@ class Datastore(Document):
         return xmldoc.text(self.element, "TEMPLATE/DISABLED_REASON")
 
     @property
-    def is_backup_datastore(self) -> bool:
-        """Whether it is of type BACKUP."""
-        return xmldoc.integer(self.element, "TYPE") == BACKUP_TYPE
-
-    @property
     def total_mb(self) -> int:
         """Capacity as last measured, 0 if it never was."""
         return xmldoc.integer(self.element, "TOTAL_MB")

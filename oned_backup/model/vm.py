@@ -87,11 +87,6 @@ class Vm(Document):
         return xmldoc.integer(self.element, "LCM_STATE")
 
     @property
-    def is_live(self) -> bool:
-        """Whether a QEMU process runs it, as far as was last seen."""
-        return self.state == VmState.ACTIVE and self.lcm_state != LcmState.BACKUP_POWEROFF
-
-    @property
     def in_backup(self) -> bool:
         """Whether a backup of it is under way."""
         return self.lcm_state in {LcmState.BACKUP, LcmState.BACKUP_POWEROFF}

@@ -52,11 +52,6 @@ class StderrReader:
         """The last line that was neither empty nor progress; empty if there was none."""
         return self._tail[-1] if self._tail else ""
 
-    @property
-    def tail(self) -> tuple[str, ...]:
-        """The last lines, oldest first."""
-        return tuple(self._tail)
-
     def feed(self, piece: bytes) -> None:
         """Take the next bytes, cut anywhere."""
         if self._seen < CAREFUL_LINES:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from oned_backup.errors import Misconfigured
 
-DIRECTORY = Path("ssh")
-
 #: a configuration for commands, which share a connection (see `write_shared`)
 SHARED = "shared"
 #: so long it is kept for the next command

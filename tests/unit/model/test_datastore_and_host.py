@@ -16,7 +16,6 @@ SEALED = "sealed:v1:AAAA"
 def test_a_datastore_is_opennebula_s_document(datastore, assert_valid):
     assert_valid(datastore.element)
     assert (datastore.id, datastore.ds_mad, datastore.base_path) == (100, "fs", "/srv/backup")
-    assert datastore.is_backup_datastore
     assert datastore.is_enabled
     assert datastore.element.findtext("TM_MAD") == "-"
 
