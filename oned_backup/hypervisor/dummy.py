@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-import uuid as uuids
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -105,7 +103,7 @@ class DummyHost:
 
     def create(self, name: str, sizes: Mapping[str, int], *, state: str = "RUNNING") -> DummyDomain:
         """A new domain with empty disks of these sizes in bytes, by target."""
-        uuid = str(uuids.uuid4())
+        uuid = _new_uuid()
         disks = []
         self.root.mkdir(parents=True, exist_ok=True)
         for target, size_bytes in sizes.items():
@@ -119,7 +117,7 @@ class DummyHost:
 
     def define(self, xml: xmldoc.Element) -> DummyDomain:
         """A new domain, off, from XML; `Conflict` if the name or the UUID is taken."""
-        name, uuid = xmldoc.text(xml, "name"), xmldoc.text(xml, "uuid") or str(uuids.uuid4())
+        name, uuid = xmldoc.text(xml, "name"), xmldoc.text(xml, "uuid") or _new_uuid()
         for domain in self.domains():
             if domain.name == name:
                 raise Conflict(f"the host has a domain named {name} already")
@@ -140,15 +138,20 @@ class DummyHost:
         self._save(new if frozen is None else replace(new, frozen=frozen))
 
     def _save(self, domain: DummyDomain) -> None:
-        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=self.root)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(domain), file)
-        Path(temporary).replace(self.root / f"{domain.uuid}.json")
+        temporary = self.root / f".{domain.uuid}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(domain)))
+        temporary.replace(self.root / f"{domain.uuid}.json")
 
 
 def checkpoint_path(source: str, checkpoint: str) -> Path:
     """The copy of a disk that is its checkpoint."""
     return Path(f"{source}.{checkpoint}")
+
+
+def _new_uuid() -> str:
+    from uuid import uuid4  # noqa: PLC0415 - brings much along that the other actions do without
+
+    return str(uuid4())
 
 
 def _load(path: Path) -> DummyDomain:

@@ -11,11 +11,9 @@ import fcntl
 import io
 import os
 import select
-import shutil
 import signal
 import stat
 import subprocess
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +235,8 @@ class LocalHost:
         """Remove a file or a whole directory; nothing happens if it is absent."""
         try:
             if path.is_dir() and not path.is_symlink():
+                import shutil  # noqa: PLC0415 - brings archive formats along
+
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -292,6 +292,8 @@ class LocalHost:
 
 def packed(files: Mapping[str, bytes]) -> bytes:
     """The files as a tar archive."""
+    import tarfile  # noqa: PLC0415 - few VMs have what is packed
+
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in files.items():
@@ -303,6 +305,8 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 def unpacked(archive: bytes, *, max_bytes: int) -> dict[str, bytes]:
     """The regular files of a tar archive, by their names; `DriverFailed` if one is larger."""
+    import tarfile  # noqa: PLC0415
+
     files = {}
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
         for entry in tar:

@@ -30,12 +30,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oned_backup import xmldoc
 from oned_backup.errors import InvalidInput
 from oned_backup.model.document import yes
-from oned_backup.model.retention import Rules
+
+if TYPE_CHECKING:
+    from oned_backup.model.retention import Rules
 
 
 class Mode(StrEnum):
@@ -98,6 +100,8 @@ class BackupConfig:
     @property
     def rules(self) -> Rules:
         """Which restore points retention keeps."""
+        from oned_backup.model.retention import Rules  # noqa: PLC0415 - drivers do without
+
         return Rules(self.keep_last, self.keep_daily, self.keep_weekly, self.keep_monthly, self.keep_yearly)
 
     def without_chain(self) -> BackupConfig:

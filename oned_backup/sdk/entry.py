@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -139,6 +138,8 @@ def _report(caught: BaseException, call: Call, termination: _Termination) -> int
         caught = DriverBug(f"{call.action}: the driver called sys.exit({caught.code!r})")
     error: OnedBackupError = failures.explain(caught, call.space)
     if isinstance(error, DriverBug):
+        import traceback  # noqa: PLC0415 - only a driver that fails needs it
+
         log.write(log.Level.ERROR, "".join(traceback.format_exception(caught)))
     if isinstance(error, Salvaged):
         try:

@@ -22,7 +22,6 @@ import base64
 import binascii
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,12 +163,13 @@ def _image(disk_id: int, name: str, start: bytes, file_bytes: int) -> _Image:
 
 def _identity(stored: Folder) -> tuple[str, str]:
     """The VM's name and UUID, empty where vm.xml has no valid ones."""
+    from uuid import UUID  # noqa: PLC0415 - brings much along, and few stores have such backups
+
     try:
         document = xmldoc.parse(plain_vm_xml(stored.read_file(VM_XML, _MAX_VM_XML_BYTES)), what=VM_XML)
         name = xmldoc.text(document, "NAME")[:_MAX_NAME]
-        return "".join(c for c in name if c.isprintable()), str(
-            uuid.UUID(xmldoc.text(document, "TEMPLATE/OS/UUID"))
-        )
+        uuid = UUID(xmldoc.text(document, "TEMPLATE/OS/UUID"))
+        return "".join(c for c in name if c.isprintable()), str(uuid)
     except (DataCorrupt, ValueError):
         return "", ""
 
@@ -229,13 +229,19 @@ def _manifest(vm_id: int, one: _Found, parent: Manifest | None) -> Manifest:
         "vm": {
             "id": vm_id,
             "name": one.vm_name or f"one-{vm_id}",
-            "uuid": one.vm_uuid or str(uuid.uuid5(uuid.NAMESPACE_URL, f"opennebula-vm-{vm_id}")),
+            "uuid": one.vm_uuid or _uuid_of(vm_id),
         },
         "disks": [_disk(image, parent) for image in sorted(one.images, key=lambda image: image.disk_id)],
         "excluded": [],
         "files": [file.to_json() for file in one.files],
     }
     return parse_manifest(dump_manifest(backup))
+
+
+def _uuid_of(vm_id: int) -> str:
+    from uuid import NAMESPACE_URL, uuid5  # noqa: PLC0415 - as above
+
+    return str(uuid5(NAMESPACE_URL, f"opennebula-vm-{vm_id}"))
 
 
 def _disk(image: _Image, parent: Manifest | None) -> dict[str, Any]:
