@@ -16,11 +16,24 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from oned_backup import __version__
 from oned_backup.api import views
+from oned_backup.api.bodies import (
+    BackupBody,
+    ConfigBody,
+    DatastoreBody,
+    DatastoreChange,
+    DownloadBody,
+    HostBody,
+    ImportBody,
+    KeyBody,
+    PinBody,
+    RestoreBody,
+    VerifyBody,
+    given,
+)
 from oned_backup.api.limits import BodyLimit
 from oned_backup.contract.actions import Kind
 from oned_backup.daemon import requests
@@ -36,7 +49,7 @@ from oned_backup.errors import (
     Unsupported,
 )
 from oned_backup.model.datastore import Datastore
-from oned_backup.model.host import DEFAULT_URI, Host
+from oned_backup.model.host import Host
 from oned_backup.operations import inventory, retention, scrub
 from oned_backup.operations.services import query_caller, resolve
 from oned_backup.operations.stored import list_disks
@@ -58,111 +71,6 @@ _STATUS: tuple[tuple[type[OnedBackupError], int], ...] = (
     (Busy, 503),
     (Unavailable, 503),
 )
-
-_Values = Annotated[dict[str, Annotated[str, Field(max_length=65536)]], Field(max_length=256)]
-_Name = Annotated[str, Field(min_length=1, max_length=128)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class HostBody(_Body):
-    """A host to add."""
-
-    name: _Name
-    uri: str = Field(default=DEFAULT_URI, min_length=1, max_length=1024)
-    vmm: _Name = "kvm"
-    tm: _Name = "qcow2"
-    accept_host_key: str = Field(default="", max_length=64)
-
-
-class KeyBody(_Body):
-    """The fingerprint of a machine's host key that somebody has compared."""
-
-    target: _Name
-    fingerprint: str = Field(min_length=1, max_length=64)
-
-
-class ImportBody(_Body):
-    """The domains to import."""
-
-    domains: list[_Name] = Field(default=[], max_length=10000)
-    all: bool = False
-
-
-class ConfigBody(_Body):
-    """BACKUP_CONFIG values."""
-
-    values: _Values
-
-
-class BackupBody(_Body):
-    """How to back up."""
-
-    datastore_id: int | None = None
-    reset: bool = False
-
-
-class DatastoreBody(_Body):
-    """A datastore to create."""
-
-    name: _Name
-    driver: _Name
-    values: _Values = {}
-    accept_host_key: str = Field(default="", max_length=64)
-
-
-class DatastoreChange(_Body):
-    """What to change of a datastore."""
-
-    name: _Name | None = None
-    values: _Values = {}
-
-
-class RestoreBody(_Body):
-    """What to restore, and where to."""
-
-    to: str = Field(min_length=1, max_length=4096)
-    increment_id: int | None = None
-    disk_id: int | None = None
-    name: _Name | None = None
-    no_nic: bool = False
-    no_ip: bool = False
-    format: str = "qcow2"
-    host_id: int | None = None
-    define_host_id: int | None = None
-    salvage: bool = False
-    check_space: bool = True
-
-
-class VerifyBody(_Body):
-    """What to verify: all, up to an increment, or a share of it."""
-
-    increment_id: int | None = None
-    percent: int | None = Field(default=None, ge=1, le=100)
-
-
-class PinBody(_Body):
-    """Which restore point to keep, or no longer."""
-
-    increment_id: int | None = None
-    pinned: bool = True
-
-
-class DownloadBody(_Body):
-    """The disk to download, and where to."""
-
-    url: str = Field(min_length=1, max_length=65536)
-    target: str = Field(min_length=1, max_length=4096)
-    host_id: int | None = None
-    format: str = "raw"
-    salvage: bool = False
-    overwrite: bool = False
-
-
-def _given(body: BaseModel) -> dict[str, Any]:
-    return body.model_dump(exclude_none=True)
 
 
 def _long(rows: list[dict[str, Any]]) -> Response:
@@ -321,7 +229,7 @@ def _add_vms(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/vms/{vm_id}/backup")
     def backup(vm_id: int, body: BackupBody) -> Any:
-        return views.operation_view(service, requests.backup(service, vm_id, **_given(body)))
+        return views.operation_view(service, requests.backup(service, vm_id, **given(body)))
 
     @app.post("/v1/vms/{vm_id}/backup-cancel")
     def cancel(vm_id: int) -> Any:
@@ -411,11 +319,11 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/{image_id}/verify")
     def verify(image_id: int, body: VerifyBody) -> Any:
-        return views.operation_view(service, requests.verify(service, image_id, _given(body)))
+        return views.operation_view(service, requests.verify(service, image_id, given(body)))
 
     @app.post("/v1/images/{image_id}/restore")
     def restore(image_id: int, body: RestoreBody) -> Any:
-        return views.operation_view(service, requests.restore(service, image_id, _given(body)))
+        return views.operation_view(service, requests.restore(service, image_id, given(body)))
 
     @app.delete("/v1/images/{image_id}")
     def delete(image_id: int, *, force: bool = False, increment_id: int | None = None) -> Any:
@@ -430,7 +338,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/downloads")
     def download(body: DownloadBody) -> Any:
-        return views.operation_view(service, requests.download(service, _given(body)))
+        return views.operation_view(service, requests.download(service, given(body)))
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -7,17 +7,13 @@ are imported as they are and not continued: the next backup of an imported VM
 starts a new one (the checkpoints belong to the installation that made them).
 
 A copy of a store whose backups the catalogue has elsewhere is not imported: each backup is in one datastore.
-
-Where a store has a merged backup beside what went into it, the merged one counts,
-and the others are named as left over: whoever merged did not get to removing them.
-Unless the catalogue has those: then the merged one is left over, or not done yet.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
@@ -32,6 +28,7 @@ from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.model.pruning import to_remove
+from oned_backup.model.stored_backups import Entry, chain_of, last_freezes, one_of_each, without_replaced
 from oned_backup.model.vm import (
     DomainState,
     LcmState,
@@ -46,9 +43,6 @@ from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
-
-#: a backup's manifest, and its text
-Entry: TypeAlias = tuple[Manifest, str]
 
 _MIB = 1024 * 1024
 
@@ -89,7 +83,7 @@ def _import(context: Context, tx: Transaction) -> Mapping[str, Any]:
     freezes = last_freezes([manifest for manifest, _ in counting])
     counts = {"backups": 0, "images": 0, "vms": 0, "known": 0}
     for (_, chain_id), members in sorted(chains.items(), key=lambda item: item[1][0][0].date):
-        entries, doubles = _one_of_each(members, known)
+        entries, doubles = one_of_each(members, known)
         unreadable += doubles
         missing = [entry for entry in entries if entry[0].id not in known]
         counts["known"] += len(entries) - len(missing)
@@ -141,70 +135,6 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
 def going(tx: Transaction) -> frozenset[str]:
     """The ids of the backups that the catalogue has given up, and that are still to go from a store."""
     return frozenset(name for entry in tx.find("image") for name in to_remove(Image(entry.element)))
-
-
-def without_replaced(
-    entries: Sequence[Entry], known: Collection[str], given_up: Collection[str] = ()
-) -> tuple[list[Entry], list[str]]:
-    """The backups that count, and what is said of those that are left over.
-
-    `known`: the ids of the catalogue. What it has and the store too stays; else a merged backup wins
-    over what it replaces. What is `given_up` would be removed under the feet of who brought it back.
-    """
-    known = set(known) & {manifest.id for manifest, _ in entries}
-    undone = {m.id for m, _ in entries if m.id not in known and known & set(m.replaces)}
-    replaced = {
-        (manifest.vm_id, name): manifest
-        for manifest, _ in entries
-        if manifest.id not in undone
-        for name in manifest.replaces
-    }
-    counting, left_over = [], []
-    for manifest, text in entries:
-        if manifest.id in undone:
-            left_over.append(f"backup {manifest.id}: the catalogue has what was merged into it")
-        elif (into := replaced.get((manifest.vm_id, manifest.id))) and manifest.id not in known:
-            left_over.append(f"backup {manifest.id}: merged into {into.id}")
-        elif manifest.id in given_up and manifest.id not in known:
-            left_over.append(f"backup {manifest.id}: it is to be removed")
-        else:
-            counting.append((manifest, text))
-    return counting, left_over
-
-
-def chain_of(manifest: Manifest, merged: Mapping[tuple[int, str], Manifest]) -> str:
-    """The chain that a backup belongs to.
-
-    A backup names the chain by the one that began it when it was made, which may have been merged since.
-    `merged`: the merged backups, by VM and by their own ids and those of what they replace.
-    """
-    vm_id, chain_id, seen = manifest.vm_id, manifest.chain_id, {""}
-    while (vm_id, chain_id) in merged and chain_id not in seen:
-        seen.add(chain_id)
-        chain_id = merged[vm_id, chain_id].chain_id
-    return chain_id
-
-
-def _one_of_each(entries: Sequence[Entry], known: Collection[str]) -> tuple[list[Entry], list[str]]:
-    """The chain with one backup of each increment id, and what is said of the others.
-
-    There are two where a backup failed, but could not be taken back from the store before the
-    next one. That one counts which is known, or continued, or the newer.
-    """
-    parents = {disk.parent_id for manifest, _ in entries for disk in manifest.disks}
-    chosen: dict[int, Entry] = {}
-    doubles = []
-
-    def weight(entry: Entry) -> tuple[bool, bool, int]:
-        manifest = entry[0]
-        return manifest.id in known, bool(parents & {manifest.id, *manifest.stands_for}), manifest.date
-
-    for entry in sorted(entries, key=weight):
-        older = chosen.get(entry[0].increment_id)
-        if older is not None:
-            doubles.append(f"backup {older[0].id}: increment {entry[0].increment_id} is {entry[0].id}")
-        chosen[entry[0].increment_id] = entry
-    return [chosen[number] for number in sorted(chosen)], doubles
 
 
 def _import_chain(
@@ -300,15 +230,6 @@ def _increment(manifest: Manifest, parent_id: int) -> Increment:
 
 def _size_mb(manifest: Manifest) -> int:
     return -(-manifest.size_bytes // _MIB)
-
-
-def last_freezes(manifests: Iterable[Manifest]) -> dict[str, FsFreeze]:
-    """How each VM, by its UUID, was frozen when it was last: what the store knows of its FS_FREEZE."""
-    return {
-        manifest.vm_uuid: FsFreeze(method)
-        for manifest in sorted(manifests, key=lambda entry: entry.date)
-        if (method := manifest.raw.get("freeze", {}).get("method")) in {FsFreeze.AGENT, FsFreeze.SUSPEND}
-    }
 
 
 def _vm_of(
