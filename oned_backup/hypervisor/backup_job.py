@@ -128,20 +128,22 @@ def abort(domain: Domain, socket_dir: Path) -> bool:
     deadline = time.monotonic() + _ABORT_TIMEOUT_S
     while _is_starting(domain) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    aborted = False
+    found = accepted = False
     while domain.is_active and is_beneath(current_socket(domain), socket_dir):
+        found = True
         if time.monotonic() > deadline:
             raise Unavailable(
                 f"domain {domain.name}: the backup job does not end within {_ABORT_TIMEOUT_S:g} s"
             )
-        if aborted:
+        if accepted:
             time.sleep(_POLL_S)
             continue
-        # It may have ended by itself since we looked.
+        # It may have ended by itself since we looked. Or libvirt waits for QEMU on behalf of somebody
+        # else, and refuses after 30 s: then it is asked again.
         with contextlib.suppress(OnedBackupError), libvirt_errors(f"end the backup of domain {domain.name}"):
             domain.handle.abortJob()
-        aborted = True
-    return aborted
+            accepted = True
+    return found
 
 
 def require_no_other(domain: Domain) -> None:

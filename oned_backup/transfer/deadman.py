@@ -29,8 +29,6 @@ FROZEN = "frozen"
 
 #: over the limit of the freeze: ours is the one that is met
 _LATER_S = 5
-#: a link that is lost for so long has ended the backup long ago
-LOST_S = 120
 
 _COMMON = """\
 exec </dev/null >/dev/null 2>&1
@@ -99,7 +97,7 @@ def arguments(
     folders: Iterable[Path],
     *,
     freeze_s: float,
-    lost_s: float = LOST_S,
+    lost_s: float = guard.LOST_S,
 ) -> list[str]:
     """The command line of the shell; `uri` is libvirt's on that machine, `prefix` that of scratch files."""
     limits = [math.ceil(freeze_s) + _LATER_S, math.ceil(lost_s), guard.MIN_FREE_BYTES // 2]
@@ -127,7 +125,7 @@ def start(task: Task, domain: Domain, folders: Iterable[Path]) -> str:
     return ""
 
 
-def start_for_servers(host: Host, directory: Path, work: Path, *, lost_s: float = LOST_S) -> None:
+def start_for_servers(host: Host, directory: Path, work: Path, *, lost_s: float = guard.LOST_S) -> None:
     """Start one for a restore: it ends the servers in `directory` when nobody is left who writes to them.
 
     Their images, in `work`, go too, unless some of them have been given their names.

@@ -68,8 +68,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     unprotected = deadman.start(task, domain, ())
     served = {disk.target: _serve(task, disk, decisions, chains[disk.target]) for disk in disks}
     failpoints.reach("serve.acted")
-    if task.host.machine:
-        guard.start_for_servers(task.uri, task.operation_dir, task.local_dir)
+    guard.start_for_servers(task.uri, task.operation_dir, task.local_dir)
     _require_off(domain)
     samples_now = samples.check(task, disks, decisions, served)
     number = disk_set.increment_id(task, decisions.values())
