@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.exports import Exports
 from oned_backup.errors import InvalidInput
 from oned_backup.model.names import checked_name
+
+if TYPE_CHECKING:
+    from oned_backup.contract.exports import Exports
 
 
 class Outcome(StrEnum):
@@ -102,8 +105,6 @@ class Request:
         if root.tag not in kinds:
             raise InvalidInput(f"request: root element {root.tag} is none of {', '.join(kinds)}")
         outcome = xmldoc.text(root, "OPERATION/OUTCOME")
-        exports = root.find("EXPORTS")
-        parent = root.find("PARENT/EXPORTS")
         template = root.find("TEMPLATE")
         return cls(
             kind=kinds[root.tag],
@@ -115,10 +116,18 @@ class Request:
             vm=root.find("VM"),
             datastore=root.find("DATASTORE"),
             image=root.find("IMAGE"),
-            exports=None if exports is None else Exports.from_xml(exports),
-            parent=None if parent is None else Exports.from_xml(parent),
+            exports=_exports(root.find("EXPORTS")),
+            parent=_exports(root.find("PARENT/EXPORTS")),
             options={} if template is None else {str(o.tag): o.text or "" for o in template},
         )
+
+
+def _exports(element: xmldoc.Element | None) -> Exports | None:
+    if element is None:
+        return None
+    from oned_backup.contract.exports import Exports  # noqa: PLC0415 - half of all actions have none
+
+    return Exports.from_xml(element)
 
 
 def _backup_from_xml(element: xmldoc.Element | None) -> Backup | None:
