@@ -78,7 +78,7 @@ def conclude_many(
         try:
             yield
         except OnedBackupError as error:
-            complain(f"{name}: {error.message}", error.hint)
+            complain(error.message if name in error.message else f"{name}: {error.message}", error.hint)
             failed.append(error)
 
     begun: list[tuple[str, JSON]] = []

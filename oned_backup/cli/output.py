@@ -12,6 +12,7 @@ from typing import Any
 from oned_backup.cli.table import table_lines
 
 _MIB = 1024 * 1024
+_NOT_FOLDED = 100_000
 
 
 def print_json(value: Any) -> None:
@@ -37,13 +38,13 @@ def complain(text: str, hint: str | None) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
-    """A table on stdout (see `table_lines`), as wide as the terminal; 80 columns or more elsewhere."""
+    """A table on stdout (see `table_lines`), as wide as terminal or $COLUMNS; in a pipe a row is a line."""
     if not rows:
         if empty:
             warn(empty)
         return
-    width = shutil.get_terminal_size((80, 24)).columns
-    lines = table_lines(columns, rows, width if sys.stdout.isatty() else max(80, width))
+    width = shutil.get_terminal_size((_NOT_FOLDED, 24)).columns
+    lines = table_lines(columns, rows, width)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

@@ -193,7 +193,7 @@ def backup(
         operation = api.post(f"vms/{api.resolve('vm', refs[0] if refs else '')}/backup", body)
         follow.conclude(api, operation, wait=wait, as_json=json, show=_show_backup)
         return
-    vm_ids = [api.resolve("vm", ref) for ref in refs or ()]
+    vm_ids = list(dict.fromkeys(api.resolve("vm", ref) for ref in refs or ()))
     if every:
         vm_ids = [vm["id"] for vm in api.get("vms") if vm["host_id"] >= 0 and vm["state"] != "DONE"]
     begin = [(f"VM {vm_id}", partial(api.post, f"vms/{vm_id}/backup", body)) for vm_id in vm_ids]

@@ -219,7 +219,8 @@ def test_errors_are_one_line_with_a_code(shared: Stack, arguments: list[str], co
     assert ran.out == ""
 
 
-def test_tables_fit_80_columns(shared: Stack) -> None:
+def test_tables_fit_80_columns(shared: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     shared.ok("vm", "backup", "web")
     for command in (
         ["vm", "list"],
@@ -234,6 +235,10 @@ def test_tables_fit_80_columns(shared: Stack) -> None:
         lines = shared.ok(*command).out.splitlines()
         assert lines
         assert max(len(line) for line in lines if "00000" not in line and "/" not in line) <= 80, command
+    monkeypatch.delenv("COLUMNS")
+    summaries = shared.ok("driver", "list", "--json").json["drivers"]
+    piped = shared.ok("driver", "list").out.splitlines()
+    assert len(piped) == 2 + len(summaries), "a row is a line for who reads it from a pipe"
 
 
 def test_vm_show_tells_why_a_disk_is_left_out(shared: Stack) -> None:
