@@ -19,6 +19,17 @@ from oned_backup.errors import InvalidInput
 
 Element: TypeAlias = etree._Element  # noqa: SLF001 - lxml's only public name for the type
 
+#: lxml locks it, so that threads share it: what it sets up takes as long as a small document
+_PARSER = etree.XMLParser(
+    resolve_entities=False,
+    no_network=True,
+    load_dtd=False,
+    dtd_validation=False,
+    huge_tree=False,
+    remove_comments=True,
+    remove_pis=True,
+)
+
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 
 #: what may stand below an element when it is built from plain values
@@ -30,17 +41,8 @@ def parse(text: str | bytes, *, what: str = "document", max_bytes: int = MAX_DOC
     data = text.encode() if isinstance(text, str) else text
     if len(data) > max_bytes:
         raise InvalidInput(f"{what}: {len(data)} bytes of XML, at most {max_bytes} are accepted")
-    parser = etree.XMLParser(
-        resolve_entities=False,
-        no_network=True,
-        load_dtd=False,
-        dtd_validation=False,
-        huge_tree=False,
-        remove_comments=True,
-        remove_pis=True,
-    )
     try:
-        root = etree.fromstring(data, parser)
+        root = etree.fromstring(data, _PARSER)
     except etree.XMLSyntaxError as error:
         raise InvalidInput(f"{what}: not well-formed XML: {error.msg}") from error
     if getattr(root.getroottree().docinfo, "doctype", ""):
