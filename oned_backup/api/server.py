@@ -25,6 +25,7 @@ def serve(service: Service) -> bool:
     """Run until told to stop; whether everything had ended in time."""
     listener = _listen(service.settings.socket)
     logger.info("oned-backup %s: listening on %s", __version__, service.settings.socket)
+    _tell_systemd()
     config = uvicorn.Config(
         make_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )
@@ -39,6 +40,18 @@ def serve(service: Service) -> bool:
             service.settings.socket.unlink()
         ended = service.stop()
     return ended
+
+
+def _tell_systemd() -> None:
+    """Commands can connect from now on: sd_notify(3), for units of Type=notify; else nothing."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        try:
+            notify.sendto(b"READY=1", f"\0{address[1:]}" if address.startswith("@") else address)
+        except OSError as error:
+            logger.warning("systemd cannot be told at %s: %s", address, error.strerror)
 
 
 def _ignore(_number: int, _frame: object) -> None:

@@ -91,7 +91,10 @@ def test_a_block_device(stack: Stack, tmp_path: Path) -> None:
         pytest.skip(f"no loop device: {made.stderr.strip()}")
     device = Path(made.stdout.strip())
     try:
-        stack.ok("download", stack.ok("image", "ls", "0", "--json").json[0]["url"], str(device))
+        words = ("download", stack.ok("image", "ls", "0", "--json").json[0]["url"], str(device))
+        assert "--overwrite writes over it" in stack(*words).err
+        assert device.read_bytes() == b"\xaa" * (9 << 20)
+        stack.ok(*words, "--overwrite")
         expected = stack.disk("web").read_bytes()
         assert device.read_bytes() == expected + b"\xaa" * ((9 << 20) - len(expected))
     finally:
