@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from oned_backup.errors import Misconfigured
 
 
 def upgrade(connection: sa.Connection) -> None:
     """Apply the migrations that are missing; `Misconfigured` if a newer version made the database."""
-    config = Config()
     with resources.as_file(resources.files(__package__)) as folder:
-        config.set_main_option("script_location", str(folder).replace("%", "%%"))
-        script = ScriptDirectory.from_config(config)
-        known = [revision.revision for revision in script.walk_revisions()]
-        current = MigrationContext.configure(connection).get_current_revision()
+        known = {path.name.partition("_")[0] for path in folder.glob("versions/[0-9]*.py")}
+        current = _current(connection)
         if current is not None and current not in known:
             raise Misconfigured(
-                f"database schema {current} was made by a newer version, this one knows {known[0]}",
+                f"database schema {current} was made by a newer version, this one knows {max(known)}",
                 hint="Install that version again; a database is not taken back to an older schema.",
             )
-        if current != known[0]:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        if current != max(known):
+            _migrate(connection, folder)
+
+
+def _current(connection: sa.Connection) -> str | None:
+    """The revision that Alembic has noted in the database; None in a new one."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
+    return None if found is None else str(found)
+
+
+def _migrate(connection: sa.Connection, folder: Path) -> None:
+    from alembic import command  # noqa: PLC0415 - takes long to load, and is hardly ever needed
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    command.upgrade(config, "head")
