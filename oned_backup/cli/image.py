@@ -273,7 +273,7 @@ def download(
     ],
     image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "raw",
     *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")] = False,
     salvage: _Salvage = False,
     json: Json = False,
 ) -> None:

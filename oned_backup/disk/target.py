@@ -246,7 +246,9 @@ def _open(path: Path) -> tuple[int, bool]:
     """The descriptor, and whether the file was created."""
     flags = os.O_WRONLY | os.O_CLOEXEC
     try:
-        return os.open(path, flags), False
+        # The kernel gives a device that is mounted, or a part of another one, to nobody who wants it alone.
+        alone = os.O_EXCL if path.is_block_device() else 0
+        return os.open(path, flags | alone), False
     except FileNotFoundError:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
 
@@ -268,6 +270,8 @@ def _explained(error: OSError, what: str) -> OnedBackupError:
         return PermissionDenied(f"{what}: {error.strerror}")
     if error.errno in {errno.EISDIR, errno.ENXIO}:
         return InvalidInput(f"{what}: {error.strerror}")
+    if error.errno == errno.EBUSY:
+        return Busy(f"{what}: in use by the kernel: mounted, or a part of LVM, RAID or swap space")
     if error.errno in {errno.ENOENT, errno.ENOTDIR}:
         return NotFound(f"{what}: {error.strerror}")
     return Unavailable(f"{what}: {error.strerror}")

@@ -28,6 +28,7 @@ from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.steps import Step, Undo
 
 _READER_WAIT_S = 30.0
+_BEGINNING_BYTES = 1 << 20
 
 
 def _plan(context: Context) -> Mapping[str, Any]:
@@ -51,7 +52,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
             "name": checked_name(target.name, "name of the file"),
         }
     kind = _kind_of(target)
-    if kind == "file" and target.stat().st_size and not context.arguments.get("overwrite"):
+    if kind in {"file", "device"} and not context.arguments.get("overwrite") and _holds_something(target):
         raise Conflict(f"{target} exists and is not empty", hint="--overwrite writes over it.")
     return {
         "url": str(url),
@@ -111,6 +112,14 @@ def _kind_of(target: Path) -> str:
     if stat.S_ISFIFO(mode):
         return "fifo"
     raise InvalidInput(f"{target} is neither a file nor a block device")
+
+
+def _holds_something(target: Path) -> bool:
+    """Whether a file has anything in it, or a device where partitions and file systems begin."""
+    if target.is_file():
+        return target.stat().st_size > 0
+    with target.open("rb", buffering=0) as device:
+        return any(device.read(_BEGINNING_BYTES))
 
 
 def _prepare(context: Context) -> Mapping[str, Any]:

@@ -115,6 +115,23 @@ def test_a_device_that_is_too_small_is_left_alone(qemu, device: Path) -> None:
     assert device.read_bytes() == b"\xaa" * (SIZE + MIB)
 
 
+def test_a_device_that_is_mounted_is_never_the_target(
+    qemu, chain: tuple[list[Layer], Path], device: Path, tmp_path: Path
+) -> None:
+    layers, _ = chain
+    subprocess.run(["mkfs.ext4", "-q", device], check=True)
+    before = device.read_bytes()
+    place = tmp_path / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", "-o", "ro", device, place], check=True)
+    try:
+        with pytest.raises(Busy, match="mounted"):
+            restore_chain(layers, device, format="raw")
+    finally:
+        subprocess.run(["umount", place], check=True)
+    assert device.read_bytes() == before
+
+
 def test_a_layer_is_never_the_target(qemu, chain: tuple[list[Layer], Path]) -> None:
     layers, _ = chain
     before = layers[0].path.read_bytes()
