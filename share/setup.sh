@@ -56,3 +56,5 @@ if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
   .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".$extra"
   echo "$stamp" >.venv/.stamp
 fi
+# once, and not at every start: PYTHONDONTWRITEBYTECODE may be set
+.venv/bin/python -m compileall -q oned_backup drivers share/lab
