@@ -83,7 +83,7 @@ class DriverManifest:
     needs: Mapping[str, str]
 
     def checked_parameters(self, values: Mapping[str, str]) -> dict[str, str]:
-        """`values` with defaults filled in; `InvalidInput` names the first that is wrong."""
+        """`values` with defaults, paths without a slash at their end; `InvalidInput` names what is wrong."""
         unknown = sorted(set(values) - set(self.parameters))
         if unknown:
             known = ", ".join(self.parameters) or "none"
@@ -93,6 +93,8 @@ class DriverManifest:
         checked = {}
         for parameter in self.parameters.values():
             value = values.get(parameter.name, "") or parameter.default
+            if value.startswith("/") and not parameter.secret:  # a path as completion leaves it
+                value = value.rstrip("/") or "/"
             if not value:
                 if parameter.required:
                     raise InvalidInput(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
 from oned_backup.cli.parameters import parameter_values
+from oned_backup.contract.driver_toml import load_driver_toml
 from oned_backup.errors import InvalidInput
 
+DRIVERS = Path(__file__).parents[3] / "drivers"
 SECRET = ["PASSWORD", "KEY"]
 
 
@@ -41,6 +44,13 @@ def test_a_file_without_a_secret_is_refused(tmp_path, content):
     (tmp_path / "password").write_text(content)
     with pytest.raises(InvalidInput, match="empty, or too long"):
         parameter_values([f"PASSWORD=@{tmp_path}/password"], SECRET)
+
+
+def test_a_path_may_end_with_a_slash_and_a_secret_that_looks_like_one_stays_as_it_is():
+    manifest = load_driver_toml(DRIVERS / "datastore/restic")
+    given = {"BASE_PATH": "/srv/restic//", "RESTIC_SFTP_SERVER": "bk", "RESTIC_PASSWORD": "/a/"}
+    checked = manifest.checked_parameters(given)
+    assert (checked["BASE_PATH"], checked["RESTIC_PASSWORD"]) == ("/srv/restic", "/a/")
 
 
 def test_an_absent_file_is_named(tmp_path):

@@ -154,11 +154,12 @@ def test_delete_forgets_and_removes(stack: Stack) -> None:
 
 def test_a_datastore_that_compresses(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
-    create = ("datastore", "create", "packed", "--driver", "fs", f"BASE_PATH={tmp_path}/packed")
+    create = ("datastore", "create", "packed", "--driver", "fs", f"BASE_PATH={tmp_path}/packed/")
     refused = stack(*create, "COMPRESSION=gzip")
     assert refused.code == 2
     assert "COMPRESSION='gzip' does not fit" in refused.err
-    stack.ok(*create, "COMPRESSION=zstd:1")
+    made = stack.ok(*create, "COMPRESSION=zstd:1", "--json").json
+    assert made["base_path"] == f"{tmp_path}/packed"
     stack.ok("vm", "backup", "web", "-d", "packed")
     shown = stack.ok("image", "show", "0", "--json").json["increments"][0]["disks"][0]
     (stored,) = (tmp_path / "packed").glob("*/*/disk.0.0")
