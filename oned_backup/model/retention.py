@@ -205,6 +205,9 @@ def _by_settings(
             yield point, f"{name} {number} of {count}: {period}"
 
 
+#: a day before the end of the year 9999: in no time zone is it later than calendars go
+_LAST_DATE = 253_402_214_400
+
 _Bucket = Callable[[datetime], str]
 
 
@@ -225,7 +228,7 @@ def _last_of_each(
     for point in newest_first:
         if len(found) == count:
             break
-        found.setdefault(bucket(datetime.fromtimestamp(point.date, zone)), point)
+        found.setdefault(bucket(datetime.fromtimestamp(min(point.date, _LAST_DATE), zone)), point)
     return list(found.items())
 
 

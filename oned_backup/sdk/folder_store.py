@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
@@ -123,8 +123,11 @@ class FolderStore(Driver):
         with self.open_base(call) as base:
             is_store(call, base)
             for vm in vm_names(base):
-                with base.folder(vm) as folder:
-                    list_manifests(folder, vm, manifests, unreadable)
+                try:
+                    with base.folder(vm) as folder:
+                        list_manifests(folder, vm, manifests, unreadable)
+                except DataCorrupt as error:
+                    unreadable.append((vm, error.message))
         return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
 
     @contextmanager
@@ -143,14 +146,15 @@ def is_store(call: Call, base: Folder, *, known: bool = False) -> bool:
     store: without the marker it is none. Backups that are there prove it too:
     OpenNebula's stores have no marker.
     """
-    if base.has(MARKER):
-        if base.read_file(MARKER, 1024) != MARKER_TEXT:
-            raise Misconfigured(f"{base.path / MARKER}: not a store of a version that this program knows")
+    marked = base.read_file(MARKER, 1024) if base.has(MARKER) else b""  # as an empty one is: of who died
+    if marked == MARKER_TEXT:
         return True
+    if marked:
+        raise Misconfigured(f"{base.path / MARKER}: not a store of a version that this program knows")
     if not known and not images_are_known(call):
         return False
     for vm in vm_names(base):
-        with base.folder(vm) as folder:
+        with suppress(DataCorrupt), base.folder(vm) as folder:
             if finished_names(folder):
                 return False
     raise Unavailable(
@@ -193,7 +197,10 @@ def list_manifests(
     load = Manifests(folder)
     for backup_id in finished_names(folder):
         try:
-            manifests.append(one_line(load(backup_id)))
+            manifest = load(backup_id)
+            if str(manifest.vm_id) != folder.path.name:
+                raise DataCorrupt(f"{folder.path / backup_id} is of VM {manifest.vm_id}")
+            manifests.append(one_line(manifest))
         except DataCorrupt as error:
             unreadable.append((f"{where}/{backup_id}", error.message))
 

@@ -119,12 +119,13 @@ class Folder:
             os.close(descriptor)
         return end
 
-    def publish_file(self, name: str, data: bytes) -> None:
-        """Make `data` appear under `name` at once and durably; `Conflict` if the name is taken."""
+    def publish_file(self, name: str, data: bytes, *, replace: bool = False) -> None:
+        """Make `data` appear under `name` at once and durably; without `replace`, `Conflict` if taken."""
         temporary = _component(f".{name}.{os.urandom(4).hex()}")
         try:
             self.write_file(temporary, [data])
-            _move(temporary, _component(name), self.descriptor, self.descriptor)
+            move = os.replace if replace else _move
+            move(temporary, _component(name), src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
         except BaseException:
             self.remove(temporary)
             raise
@@ -186,17 +187,17 @@ class Folder:
             raise
 
 
-def _move(source: str, target: str, source_dir: int, target_dir: int) -> None:
+def _move(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
     """Rename without replacing: by a hard link, or where there are none over a placeholder of ours."""
     try:
         try:
-            os.link(source, target, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False)
-            os.unlink(source, dir_fd=source_dir)
+            os.link(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=False)
+            os.unlink(source, dir_fd=src_dir_fd)
         except OSError as error:
             if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}:
                 raise
-            os.close(os.open(target, _EXCLUSIVE, 0o600, dir_fd=target_dir))
-            os.rename(source, target, src_dir_fd=source_dir, dst_dir_fd=target_dir)
+            os.close(os.open(target, _EXCLUSIVE, 0o600, dir_fd=dst_dir_fd))
+            os.rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
     except FileExistsError as error:
         raise Conflict(f"{target} exists already") from error
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from oned_backup.errors import Conflict, Unavailable
+from oned_backup.errors import Unavailable
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest
 from oned_backup.sdk import Answer, Call, restore_points
@@ -55,8 +55,7 @@ class FsDatastore(FolderStore):
         vm = str(call.vm_id)
         with self.open_base(call) as base:
             if not is_store(call, base):
-                with suppress(Conflict):  # another first backup was quicker
-                    base.publish_file(MARKER, MARKER_TEXT)
+                base.publish_file(MARKER, MARKER_TEXT, replace=True)
             with base.make_folder(vm, exist_ok=True) as folder:
                 if not folder.has(finished_name(call.backup.id)):
                     require_parent(call, folder)

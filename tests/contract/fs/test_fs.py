@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 
@@ -13,8 +14,9 @@ from oned_backup import xmldoc
 from oned_backup.contract.exports import ExcludedDisk, Exports, Reason
 from oned_backup.contract.request import Backup
 from oned_backup.contract.url import parse_url
-from oned_backup.errors import Conflict, DriverFailed, NotFound
+from oned_backup.errors import Conflict, DriverFailed, NotFound, Unavailable
 from oned_backup.model.manifest import parse_manifest
+from oned_backup.sdk.folder_store import MARKER_TEXT
 
 IDS = [f"20260101-00000{number}-aaaaaa" for number in range(3)]
 
@@ -243,6 +245,24 @@ def test_the_catalogue_holds_all_that_is_finished(chain):
     found = chain.store.catalogue()
     assert [parse_manifest(text) for text in found.manifests] == [chain.store.manifest(name) for name in IDS]
     assert [name for name, _ in found.unreadable] == ["9/foreign"]
+    (chain.store.base / "0").write_text("no folder")
+    shutil.copytree(chain.store.path(IDS[0]).parent, chain.store.base / "8")  # nobody would look there
+    found = chain.store.catalogue()
+    assert len(found.manifests) == 3
+    assert [name for name, _ in found.unreadable] == ["0", *(f"8/{name}" for name in IDS), "9/foreign"]
+
+
+def test_a_first_backup_that_died_while_it_made_the_marker(store, disk, lab):
+    (store.base / ".oned-backup-store").touch()
+    store.call("monitor")
+    with disk.served() as socket:
+        store.backup(IDS[0], lab.exports_of(lab.export(disk, socket)))
+    assert (store.base / ".oned-backup-store").read_bytes() == MARKER_TEXT
+    (store.base / ".oned-backup-store").write_bytes(b"")
+    assert store.failures() == {IDS[0]: {}}
+    shutil.rmtree(store.base / "7")
+    with pytest.raises(Unavailable, match="mounted"):
+        store.failures()
 
 
 def test_first_backups_of_several_vms_at_once(store, disk, lab):

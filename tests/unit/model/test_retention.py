@@ -129,6 +129,14 @@ def test_a_day_is_one_of_the_time_zone() -> None:
     assert len(kept(plan_retention(points, Rules(keep_daily=5), zone=ZoneInfo("Europe/Berlin")))) == 2
 
 
+def test_no_date_that_a_manifest_may_have_is_too_late() -> None:
+    points = [Point(0, 0, 1), Point(0, 1, 253_402_300_799), Point(0, 2, 2**31 + 7)]
+    plan = plan_retention(points, Rules(keep_yearly=3), zone=ZoneInfo("Pacific/Kiritimati"))
+    assert len(kept(plan)) == 3
+    assert "KEEP_YEARLY 1 of 3: 9999" in reasons(plan, 1)
+    assert "KEEP_YEARLY 2 of 3: 2038" in reasons(plan, 2)
+
+
 def test_without_a_zone_it_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     late = int(datetime(2026, 7, 1, 22, 30, tzinfo=UTC).timestamp())
     points = [Point(0, 0, late - 7200), Point(0, 1, late)]
