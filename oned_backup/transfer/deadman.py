@@ -46,7 +46,7 @@ ask() { timeout 20 virsh -q -c "$uri" "$@"; }
 go_on() {
   rm -f "$dir/frozen"
   ask domfsthaw "$uuid"
-  [ ! -e "$dir/suspended" ] || ask resume "$uuid"
+  if [ -e "$dir/suspended" ] && ask resume "$uuid"; then rm -f "$dir/suspended"; fi
 }
 abort() {
   if ask backup-dumpxml "$uuid" | grep -qF "$dir/"; then ask domjobabort "$uuid"; fi

@@ -56,6 +56,7 @@ def test_a_guest_that_stays_frozen_or_suspended_goes_on(guest: Guest, protect: C
     (directory / "suspended").touch()
     (directory / "frozen").touch()
     wait_for("the guest to go on", lambda: not guest.is_paused(), 60)
+    wait_for("the end of the note", lambda: not (directory / "suspended").exists(), 60)
 
 
 def test_when_nobody_is_left_our_job_ends_and_all_goes(
