@@ -60,7 +60,7 @@ from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import enter_absence
-from oned_backup.operations.delete import removed_later
+from oned_backup.operations.delete import owes, removed_later
 from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock
@@ -461,7 +461,7 @@ def _result(context: Context) -> Mapping[str, Any]:
 
 
 def _ended(context: Context, state: OperationState, error: OnedBackupError | None) -> None:
-    """Put the VM's state back, tell it what went wrong, and queue the retention."""
+    """Put the VM's state back, tell it what went wrong, and queue the retention if there is work for it."""
     services = context.services
     vm_id = context.integer("vm_id")
 
@@ -475,7 +475,7 @@ def _ended(context: Context, state: OperationState, error: OnedBackupError | Non
         return vm.element
 
     vm = Vm(services.store.change("vm", vm_id, ended))
-    if state is OperationState.DONE and vm.config.rules:
+    if state is OperationState.DONE and (vm.config.rules or owes(services, vm_id)):
         services.store.journal.enqueue("retention", retention_lock(vm_id), {"vm_id": vm_id}, vm_id=vm_id)
 
 

@@ -90,7 +90,11 @@ def enter_absence(context: Context, image: Image) -> bool:
 
 
 def found_while_reading(context: Context, backup_id: str, text: str) -> None:
-    """Enter damage that showed when a restore point was read for other reasons than to verify it."""
+    """Enter damage that showed when a restore point was read for other reasons than to verify it.
+
+    It may lie in a backup that this one continues: nothing of its image counts as proved any more, so that
+    scrubbing reads all of it soon.
+    """
     with context.services.store.transaction() as tx:
         try:
             row = tx.backup(backup_id)
@@ -99,6 +103,7 @@ def found_while_reading(context: Context, backup_id: str, text: str) -> None:
         if row.state is not BackupState.GOOD:
             return
         _, ends_chain = mark_broken(tx, row.image_id, {backup_id: text})
+        tx.void_proofs(row.image_id)
     context.note(f"backup {backup_id} is marked as BROKEN; `oned-backup image verify` finds all damage")
     if ends_chain:
         context.note("the damaged chain is closed: the next backup starts a new one")

@@ -84,6 +84,16 @@ def queue_removal(tx: Transaction, vm_id: int, image_ids: Sequence[int]) -> Oper
     return tx.journal.enqueue("remove", removal_lock(vm_id), arguments, vm_id=vm_id, image_id=image_id)
 
 
+def owes(services: Services, vm_id: int) -> bool:
+    """Whether something of a VM is to go from a store that could not remove it when it was asked."""
+    return any(owing(Image(entry.element)) for entry in services.store.find("image", vm_id=vm_id))
+
+
+def owing(image: Image) -> bool:
+    """Whether something of an image is to go from its store."""
+    return image.state == ImageState.DELETE or bool(to_remove(image))
+
+
 @contextmanager
 def removed_later(context: Context, beside: Callable[[], int | None], backup_id: str) -> Iterator[None]:
     """Inside, a backup of no use is discarded. If that is not certain, it is removed with what else is to go.

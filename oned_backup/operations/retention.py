@@ -19,11 +19,11 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.names import job_repository
-from oned_backup.model.pruning import pinned, to_remove
+from oned_backup.model.pruning import pinned
 from oned_backup.model.retention import Fate, Merge, Point, RetentionPlan, Verdict, plan_retention
 from oned_backup.model.vm import Vm
 from oned_backup.operations.context import Context
-from oned_backup.operations.delete import cut_off, mark_image, queue_removal
+from oned_backup.operations.delete import cut_off, mark_image, owing, queue_removal
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.exclusion import retention_lock
 from oned_backup.operations.services import Services
@@ -144,7 +144,7 @@ def _owing(tx: Transaction, vm_id: int) -> list[list[int]]:
     """The images that something is to be removed of, by datastore: one that is gone keeps no other full."""
     found: dict[int, list[int]] = {}
     for image in _images(tx, vm_id):
-        if image.state == ImageState.DELETE or to_remove(image):
+        if owing(image):
             found.setdefault(image.datastore_id, []).append(image.id)
     return list(found.values())
 

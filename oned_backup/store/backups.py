@@ -212,6 +212,12 @@ class Backups:
             if connection.execute(query).rowcount != 1:
                 raise NotFound(f"there is no backup {backup_id[:80]}")
 
+    def void_proofs(self, image_id: int) -> None:
+        """Let no restore point of an image count as verified."""
+        with self._session.write() as connection:
+            query = backups.update().where(backups.c.image_id == image_id)
+            connection.execute(query.values(verified_at=None))
+
     def forget_backup(self, backup_id: str) -> None:
         """Remove the row; no error if there is none."""
         with self._session.write() as connection:

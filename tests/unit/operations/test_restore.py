@@ -184,12 +184,15 @@ def test_damage_that_a_restore_meets_is_entered(
 
     stored.run("backup", vm_id=0)
     stored.drivers.script["download"] = [damaged]
+    for row in stored.services.store.backups():
+        stored.services.store.mark_backup(row.backup_id, verified_at=7.0)
     assert stored.services.vm(0).config.has_chain
     ended = stored.run("restore", image_id=0, increment_id=0, to=str(tmp_path / "out"))
     assert ended.state is (OperationState.DONE if isinstance(error, Salvaged) else OperationState.FAILED)
     assert "marked as BROKEN" in ended.result["notes"][0]
     # what continues the damaged one is BROKEN with it, and the chain is not continued
     assert {row.state for row in stored.services.store.backups()} == {BackupState.BROKEN}
+    assert {row.verified_at for row in stored.services.store.backups()} == {None}
     assert not stored.services.vm(0).config.has_chain
 
 

@@ -204,6 +204,19 @@ def test_what_cannot_be_merged_where_it_lies_is_kept_and_said(calendar: World) -
     assert calendar.services.store.journal.list(kind="flatten") == []
 
 
+def test_without_settings_too_the_next_backup_has_removed_what_a_store_could_not(calendar: World) -> None:
+    backups(calendar, 3)
+    calendar.drivers.script["rm"] = [Conflict("not now")] * 2
+    calendar.run("flatten", vm_id=0, image_id=0, increment_ids=[0, 1])
+    calendar.run_queued()
+    assert len(to_remove(calendar.services.image(0))) == 2
+    backups(calendar, 1)
+    assert len(to_remove(calendar.services.image(0))) == 2
+    backups(calendar, 1)
+    assert to_remove(calendar.services.image(0)) == ()
+    assert points(calendar) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+
+
 # --- who waits for whom
 
 
