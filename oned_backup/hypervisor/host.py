@@ -199,9 +199,10 @@ class LocalHost:
         return files
 
     def write_tree(self, directory: Path, files: Mapping[str, bytes]) -> None:
-        """A new directory (0700) with these files."""
-        directory.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700)
+        """A new directory (0711: swtpm has a user of its own) with these files (0600)."""
+        self.make_dir(directory.parent)
+        directory.mkdir()
+        directory.chmod(0o711)
         for name, data in files.items():
             path = directory / name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

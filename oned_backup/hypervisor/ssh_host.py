@@ -132,9 +132,9 @@ class SshHost:
         return unpacked(done.stdout, max_bytes=max_bytes)
 
     def write_tree(self, directory: Path, files: Mapping[str, bytes]) -> None:
-        """A new directory (0700) with these files."""
-        self.run(["mkdir", "-p", "-m", "0711", "--", str(directory.parent)])
-        self.run(["mkdir", "-m", "0700", "--", str(directory)])
+        """As `LocalHost.write_tree`."""
+        self.make_dir(directory.parent)
+        self.run(["mkdir", "-m", "0711", "--", str(directory)])
         self.run(["tar", "-x", "-f", "-", "--no-same-owner", "-C", str(directory)], stdin=packed(files))
 
     def make_dir(self, path: Path) -> None:

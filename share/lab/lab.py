@@ -73,8 +73,12 @@ class Libvirtd:
     In a `machine` of a network lab it is that machine's own; everything else is the same.
     """
 
-    def __init__(self, *, qemu_user: str = "root", machine: Machine | None = None) -> None:
+    def __init__(
+        self, *, qemu_user: str = "root", swtpm_user: str = "root", machine: Machine | None = None
+    ) -> None:
         self._qemu_user = qemu_user
+        #: a TPM that has no state yet is made by root only; takes effect with `restart`
+        self.swtpm_user = swtpm_user
         self._machine = machine
         self._lock = -1
         self._connection: Any = None
@@ -162,7 +166,7 @@ class Libvirtd:
 
     def _script(self, verb: str) -> None:
         argv = [str(HERE / "private-libvirtd.sh"), verb, str(self.directory)]
-        environment = {**os.environ, "LAB_QEMU_USER": self._qemu_user}
+        environment = {**os.environ, "LAB_QEMU_USER": self._qemu_user, "LAB_SWTPM_USER": self.swtpm_user}
         if self._machine is not None:
             argv, environment["LAB_MOUNTS_PRIVATE"] = self._machine.argv(argv), "1"
         _command(argv, timeout_s=60, environment=environment)

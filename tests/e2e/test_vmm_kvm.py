@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from backed_up_vm import BackedUpVm
-from lab import Guest, data_disk
+from lab import Guest, Libvirtd, data_disk
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, NotFound, Unavailable
@@ -82,6 +82,33 @@ def test_define_with_the_state_of_its_tpm(vm: BackedUpVm, tmp_path: Path) -> Non
             vm.vmm("define", DOMAIN=text)
     finally:
         connection.lookupByName("it's restored").undefine()
+
+
+@pytest.mark.whole_matrix
+def test_a_restored_tpm_is_read_by_the_user_that_swtpm_runs_as(short_dir: Path) -> None:
+    with Libvirtd() as server:
+        guest = Guest(
+            server, short_dir, "secure", [data_disk(short_dir, 16)], boot="disk", agent=False, tpm=True
+        )
+        guest.start()
+        guest.end()
+        vm = BackedUpVm(guest, short_dir, short_dir / "s")
+        point = vm.backup()
+        server.swtpm_user = "tss"  # as distributions have it
+        server.restart()
+        definition = xmldoc.parse(guest.xml())
+        definition.remove(definition.find("uuid"))
+        xmldoc.put(definition, "name", "restored")
+        vm.vmm("define", DOMAIN=xmldoc.serialize(definition), TPM_TAR=str(point.files / "tpm.tar"))
+        restored = server.connection.lookupByName("restored")
+        restored.create()
+        assert restored.isActive()
+        restored.destroy()
+        state = server.swtpm_dir / restored.UUIDString() / "tpm2" / "tpm2-00.permall"
+        with tarfile.open(point.files / "tpm.tar") as tar:
+            kept = tar.extractfile("tpm2/tpm2-00.permall")
+            assert kept is not None
+            assert state.stat().st_size == len(kept.read())
 
 
 def test_thaw_does_no_harm_and_resumes_only_what_was_suspended_by_us(vm: BackedUpVm) -> None:

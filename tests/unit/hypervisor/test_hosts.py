@@ -102,7 +102,13 @@ def test_directories(host: Host, tmp_path: Path) -> None:
 def test_trees(host: Host, tmp_path: Path) -> None:
     tree = {"tpm2-00.permall": os.urandom(9000), "deep/a b": b""}
     directory = tmp_path / "swtpm" / "uuid"
-    host.write_tree(directory, tree)
+    before = os.umask(0o077)
+    try:
+        host.write_tree(directory, tree)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (directory, directory.parent)} == {0o711}
+    assert (directory / "deep/a b").stat().st_mode & 0o777 == 0o600
     (directory / ".lock").touch()
     (directory / "link").symlink_to("/etc/shadow")
     assert host.read_tree(directory, max_bytes=9000) == tree
