@@ -43,7 +43,8 @@ def plan_chain(
     """
     active = images.get(config.incremental_backup_id) if config.has_chain else None
     chain_store = None if active is None else active.datastore_id
-    datastore_id = _choose_datastore(images, enabled_datastores, requested_datastore, chain_store)
+    fixed = requested_datastore if requested_datastore is not None else chain_store
+    datastore_id = _usual_datastore(config, images, enabled_datastores) if fixed is None else fixed
     if config.mode is Mode.FULL:
         return ChainPlan(datastore_id, full_reason=Reason.FULL_MODE)
     if not config.has_chain and not any(image.increments for image in images.values()):
@@ -104,19 +105,13 @@ def _broken(image: Image, good_backups: Collection[str]) -> tuple[Reason, str] |
     return None
 
 
-def _choose_datastore(
-    images: Mapping[int, Image],
-    enabled_datastores: Collection[int],
-    requested: int | None,
-    chain_store: int | None,
+def _usual_datastore(
+    config: BackupConfig, images: Mapping[int, Image], enabled_datastores: Collection[int]
 ) -> int:
-    if requested is not None:
-        return requested
-    if chain_store is not None:
-        return chain_store
+    """Where the last backup went, else what holds the newest image, which may be an imported one."""
     used = [images[image_id].datastore_id for image_id in sorted(images, reverse=True)]
-    for candidate in used:
-        if candidate in enabled_datastores:
+    for candidate in (config.last_datastore_id, *used):
+        if candidate is not None and candidate in enabled_datastores:
             return candidate
     if len(enabled_datastores) == 1:
         return next(iter(enabled_datastores))

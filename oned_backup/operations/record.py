@@ -47,7 +47,7 @@ def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
             stored_at=context.services.clock(),
         )
     )
-    config = vm.config.without_chain()
+    config = replace(vm.config.without_chain(), last_datastore_id=plan.datastore_id)
     if plan.checkpoint and config.mode is Mode.INCREMENT:
         config = replace(config, incremental_backup_id=image_id, last_increment_id=increment_id)
     tx.update("vm", vm.id, stored.version, with_config(with_backup(vm, image_id), config).element)

@@ -192,6 +192,16 @@ def test_a_copy_of_a_store_adds_nothing_to_what_the_first_one_keeps(world: World
     assert len(world.services.image(0).increments) == 2
 
 
+def test_the_next_backup_does_not_go_where_something_was_imported_from(world: World) -> None:
+    configure_vm(world.services, 0, {"MODE": "FULL"})
+    assert world.run("backup", vm_id=0, datastore_id=100).state is OperationState.DONE
+    archive = world.add_datastore()
+    imported(world, manifest("x", 0, chain_id="x"), datastore_id=archive)
+    assert world.run("backup", vm_id=0).result["datastore_id"] == 100
+    assert world.run("backup", vm_id=0, datastore_id=archive).state is OperationState.DONE
+    assert world.run("backup", vm_id=0).result["datastore_id"] == archive
+
+
 def test_retention_leaves_an_archive_alone_until_the_vm_is_backed_up_to_it(world: World) -> None:
     archive = world.add_datastore()
     configure_vm(world.services, 0, {"KEEP_LAST": "1", "MODE": "FULL"})
