@@ -77,6 +77,28 @@ def test_chain_goes_on_from_running_to_off_to_running(
     assert bitmaps(tmp_path / "root.qcow2") == {point.exports.checkpoint}
 
 
+@pytest.mark.whole_matrix
+@pytest.mark.fault("guest", "saved to disk (managed save), and started again")
+def test_chain_goes_on_through_a_managed_save(
+    make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
+) -> None:
+    guest = make_guest([root_disk(tmp_path), data_disk(tmp_path, 32)])
+    vm = back_up(guest)
+    vm.backup()
+    new_file(guest, "/data/vdb/a", 2)
+    guest.domain.managedSave(0)
+    for goes_on in (lambda: None, guest.domain.create):
+        goes_on()
+        point = vm.backup()
+        assert {disk.reason.value for disk in point.exports.disks} == {"increment"}
+        for target in ("vda", "vdb"):
+            vm.assert_restores(target)
+    new_file(guest, "/data/vdb/b", 2)
+    guest.stop()
+    assert "No errors" in command("qemu-img", "check", str(tmp_path / "data.qcow2"))
+    vm.assert_survived()
+
+
 @pytest.fixture
 def off(make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path) -> BackedUpVm:
     """A VM with one small disk that is off."""
