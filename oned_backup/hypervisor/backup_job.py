@@ -17,7 +17,7 @@ from pathlib import Path
 import libvirt
 
 from oned_backup import failpoints, xmldoc
-from oned_backup.errors import Busy, NotFound, OnedBackupError, Unavailable
+from oned_backup.errors import Busy, NotFound, OnedBackupError, PermissionDenied, Unavailable
 from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain
 
@@ -95,11 +95,17 @@ def begin(domain: Domain, job: str, checkpoint: str = "") -> None:
     """Start the job, with its checkpoint at the same instant.
 
     `CheckpointUnusable` if a disk's bitmap cannot be used after all, `Busy` if
-    something else holds the domain.
+    something else holds the domain, `PermissionDenied` if QEMU must not make its socket or scratch files.
     """
-    with libvirt_errors(f"backup of domain {domain.name}"):
-        failpoints.reach("job.begun")
-        domain.handle.backupBegin(job, checkpoint or None, 0)
+    try:
+        with libvirt_errors(f"backup of domain {domain.name}"):
+            failpoints.reach("job.begun")
+            domain.handle.backupBegin(job, checkpoint or None, 0)
+    except PermissionDenied as error:
+        hint = (
+            "Let QEMU's user write there. AppArmor may be in its way (see `oned-backup doctor`), or SELinux."
+        )
+        raise PermissionDenied(error.message, hint=hint) from error
     failpoints.reach("job.acted")
 
 

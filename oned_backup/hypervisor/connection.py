@@ -73,6 +73,8 @@ def translated(error: libvirt.libvirtError, what: str) -> OnedBackupError:
     if kind is DriverFailed:
         if "No space left" in text:
             kind = NoSpace
+        elif "Permission denied" in text:
+            kind = PermissionDenied
         elif error.get_error_domain() in {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE}:
             kind = Unavailable
     return kind(f"{what}: {text}")

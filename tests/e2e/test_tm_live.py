@@ -17,7 +17,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.exports import Exports
 from oned_backup.contract.request import Outcome
 from oned_backup.disk.image import open_export
-from oned_backup.errors import Busy, NoSpace, OnedBackupError
+from oned_backup.errors import Busy, NoSpace, OnedBackupError, PermissionDenied
 from oned_backup.hypervisor.backup_job import JobDisk, job_xml
 from oned_backup.runner.run import Limits
 
@@ -335,6 +335,11 @@ def test_qemu_of_another_user(short_dir: Path) -> None:
         vm.backup(meanwhile=lambda: writable.extend(_not_ours(vm.socket_dir)))
         assert set(writable) == {"qemu", "nbd.sock"}  # nothing that we believe or write
         vm.assert_restores("vda")
+        secret = short_dir / "secret"
+        secret.mkdir(mode=0o700)
+        with pytest.raises(PermissionDenied, match=r"secret.*AppArmor"):
+            vm.backup(SCRATCH_DIR=str(secret))
+        assert list(secret.iterdir()) == []
         for change in (guest.end, guest.start):
             change()
             assert vm.backup().reason("vda") == "increment"
