@@ -50,7 +50,7 @@ from oned_backup.errors import (
 )
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
-from oned_backup.operations import inventory, retention, scrub
+from oned_backup.operations import datastores, inventory, retention, scrub
 from oned_backup.operations.services import query_caller, resolve
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState
@@ -257,13 +257,13 @@ def _add_datastores(app: FastAPI, service: Service) -> None:
         }
 
     @app.get("/v1/datastores")
-    def datastores() -> Any:
+    def all_datastores() -> Any:
         return [views.datastore_row(Datastore(entry.element)) for entry in services.store.find("datastore")]
 
     @app.post("/v1/datastores")
     def create(body: DatastoreBody) -> Any:
         return views.datastore_view(
-            inventory.create_datastore(
+            datastores.create_datastore(
                 services, body.name, body.driver, body.values, accept=body.accept_host_key
             )
         )
@@ -276,17 +276,17 @@ def _add_datastores(app: FastAPI, service: Service) -> None:
     @app.patch("/v1/datastores/{datastore_id}")
     def update(datastore_id: int, body: DatastoreChange) -> Any:
         return views.datastore_view(
-            inventory.update_datastore(services, datastore_id, body.values, name=body.name)
+            datastores.update_datastore(services, datastore_id, body.values, name=body.name)
         )
 
     @app.delete("/v1/datastores/{datastore_id}")
     def delete(datastore_id: int) -> Any:
-        inventory.delete_datastore(services, datastore_id)
+        datastores.delete_datastore(services, datastore_id)
         return {}
 
     @app.post("/v1/datastores/{datastore_id}/monitor")
     def monitor(datastore_id: int) -> Any:
-        return views.datastore_view(inventory.measure(services, datastore_id))
+        return views.datastore_view(datastores.measure(services, datastore_id))
 
     @app.post("/v1/datastores/{datastore_id}/import")
     def import_store(datastore_id: int) -> Any:

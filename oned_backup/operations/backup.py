@@ -55,7 +55,7 @@ from oned_backup.model.vm import (
     with_error,
     without_error,
 )
-from oned_backup.operations import inventory, record
+from oned_backup.operations import datastores, record
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
@@ -86,7 +86,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
         Kind.TM, before.tm_mad, _live_name("pre_backup", live=before.state == VmState.ACTIVE)
     )
     with ThreadPoolExecutor(1) as beside:
-        asked = beside.submit(inventory.free_mb, services, chain.datastore_id, context.caller)
+        asked = beside.submit(datastores.free_mb, services, chain.datastore_id, context.caller)
         vm, state, moved = refreshed(services, context.caller, before)
         free_mb = asked.result()
     if moved:

@@ -42,7 +42,7 @@ from oned_backup.model.names import job_repository
 from oned_backup.model.pruning import pinned, run_of, with_merged
 from oned_backup.model.retention import Merge
 from oned_backup.model.vm import Vm, with_config
-from oned_backup.operations import inventory, stored
+from oned_backup.operations import datastores, stored
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import mark_broken
 from oned_backup.operations.delete import queue_removal, removed_later
@@ -153,7 +153,7 @@ def _check_room(context: Context, run: Sequence[Increment], rows: Mapping[str, R
     newest = parse_manifest(rows[run[-1].source].manifest)
     virtual_mb = -(-sum(disk.size_bytes for disk in newest.disks) >> 20)
     needed_mb = max(1, min(sum(increment.size_mb for increment in run), virtual_mb))
-    free_mb = inventory.free_mb(services, datastore.id, context.caller)
+    free_mb = datastores.free_mb(services, datastore.id, context.caller)
     if needed_mb > free_mb:
         raise NoSpace(
             f"datastore {datastore.id} ({datastore.name}): a merge takes up to {needed_mb} MB for a while,"

@@ -59,17 +59,31 @@ def stored_vm_id(services: Services, image: Image) -> int:
 
 
 def call_image(
-    services: Services, caller: Caller, action: str, image: Image, options: Mapping[str, str]
+    services: Services,
+    caller: Caller,
+    action: str,
+    image: Image,
+    options: Mapping[str, str],
+    *,
+    datastore: Datastore | None = None,
 ) -> dict[str, str]:
-    """The answer of the driver of the datastore that keeps `image`."""
-    datastore = services.datastore(image.datastore_id)
-    return caller.datastore(action, datastore, options=options, **sections_for(services, image))
+    """The answer of the driver of the datastore that keeps `image`; `datastore`: with other parameters."""
+    place = datastore or services.datastore(image.datastore_id)
+    return caller.datastore(action, place, options=options, **sections_for(services, image))
 
 
-def list_disks(services: Services, caller: Caller, image: Image, increment_id: int | None = None) -> Listing:
-    """The disks of a restore point with their pseudo-URLs."""
+def list_disks(
+    services: Services,
+    caller: Caller,
+    image: Image,
+    increment_id: int | None = None,
+    *,
+    datastore: Datastore | None = None,
+) -> Listing:
+    """The disks of a restore point with their pseudo-URLs; `datastore`: with other parameters."""
     options = _increment_option(services, image, increment_id)
-    return Listing.from_xml(document(call_image(services, caller, "ls", image, options), "LISTING"))
+    answer = call_image(services, caller, "ls", image, options, datastore=datastore)
+    return Listing.from_xml(document(answer, "LISTING"))
 
 
 def plan_restore(

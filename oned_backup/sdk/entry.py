@@ -147,7 +147,8 @@ def _report(caught: BaseException, call: Call, termination: _Termination) -> int
         except OSError as lost:
             log.write(log.Level.WARNING, f"nobody reads the answer: {lost}")
     _flush_python_streams()
-    log.write_raw(f"{error.message}. {error.hint}" if error.hint else error.message or type(error).__name__)
+    message = error.message or type(error).__name__
+    log.write_raw(f"{message.rstrip('.')}. {error.hint}" if error.hint else message)
     return 128 + termination.signal if termination.signal else error.exit_code
 
 

@@ -109,3 +109,11 @@ def test_a_repository_of_a_job_is_imported_and_restored(product: Product, sshd: 
         assert (target / "disk.0.raw").read_bytes() == truth
         product.run("download", f"restic://{image['datastore_id']}/12/0:{short}{path}", f"{target}.raw")
         assert Path(f"{target}.raw").read_bytes() == truth
+
+    # A wrong password does not take the place of the one that opens what is there.
+    typo = tmp_path / "typo"
+    typo.write_text("of the repositroy")
+    refused = product.call("datastore", "update", "jobs", f"RESTIC_PASSWORD=@{typo}")
+    assert refused.returncode == 77
+    assert b"does not open" in refused.stderr
+    product.run("image", "ls", str(images[0]["id"]))

@@ -12,13 +12,8 @@ from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
 from oned_backup.operations import inventory
-from oned_backup.operations.inventory import (
-    add_host,
-    configure_vm,
-    delete_datastore,
-    import_vms,
-    update_datastore,
-)
+from oned_backup.operations.datastores import delete_datastore, update_datastore
+from oned_backup.operations.inventory import add_host, configure_vm, import_vms
 from oned_backup.operations.services import make_directories
 from oned_backup.runner.drivers import Driver
 from oned_backup.store import BackupState, OperationState
