@@ -4,8 +4,9 @@
 
 Lists, the import, and how many backups a second the daemon dispatches: with the dummy drivers, which
 are Python programs as all of ours are, and with shell programs in their place that answer at once,
-which leaves what the daemon itself takes. Then a full queue, the daemon killed in the middle of
-it, and how long until its successor has recovered.
+which leaves what the daemon itself takes. What the start of a driver takes is measured by itself
+(`starts`). Then a full queue, the daemon killed in the middle of it, and how long until its
+successor has recovered.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lab import wait_for
 
 from tests.bench.instant import instant_drivers
 from tests.bench.product import ROOT
+from tests.bench.starts import starts
 from tests.bench.table import Row, publish
 from tests.faults.many import ManyVms
 
@@ -114,6 +116,7 @@ def main() -> int:
         instant.import_all()
         rows = dispatched(instant, wanted.backups, "drivers that answer at once")
         instant.product.stop()
+        rows += starts()
         dummy = site("dummy", wanted.vms)
         rows.append(Row(f"import of {wanted.vms} VMs", round(timed(dummy.import_all), 1)))
         rows += lists(dummy, wanted.vms, "without backups")

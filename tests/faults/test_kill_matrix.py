@@ -185,6 +185,7 @@ def recorded(site: Simulation) -> list[str]:
         site.arm(f"*=record:{log}")
         ASK[kind](site)
         site.settle()
+        wait_for("the last one", lambda last=f"{kind}.END.ended": last in log.read_text().split(), 10)
         site.arm()
         finish(site, kind)
         clear(site)
