@@ -9,20 +9,23 @@ from __future__ import annotations
 from oned_backup.contract.exports import Exports
 from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.transfer.clean import clean_up, undo
-from oned_backup.transfer.live import export_live
-from oned_backup.transfer.off import export_off
 from oned_backup.transfer.task import task_of
 
 
 class ImageDriver(Driver):
     """Exports disks through libvirt's backup jobs, or qemu-nbd while the domain is off."""
 
-    def warm_up(self, action: str) -> None:  # noqa: ARG002 - it is the same for all
-        """Libvirt's library takes half of what there is to load."""
+    def warm_up(self, action: str) -> None:
+        """Load what the action will load; libvirt's library takes half of it."""
         import libvirt  # noqa: F401, PLC0415
+
+        if action == "pre_backup_live":
+            import oned_backup.transfer.live  # noqa: F401, PLC0415
 
     def pre_backup_live(self, call: Call) -> Answer:
         """The frozen disks of a running domain."""
+        from oned_backup.transfer.live import export_live  # noqa: PLC0415 - opens disks as well
+
         task = task_of(call.request)
         exports = export_live(task, call.source_dir)
         if exports.freeze.warning:
@@ -31,6 +34,8 @@ class ImageDriver(Driver):
 
     def pre_backup(self, call: Call) -> Answer:
         """The disks of a domain that is off."""
+        from oned_backup.transfer.off import export_off  # noqa: PLC0415
+
         return _answer(call, export_off(task_of(call.request), call.source_dir))
 
     def post_backup(self, call: Call) -> None:
