@@ -179,6 +179,8 @@ def _split(text: str) -> tuple[str, str]:
 def _explain(target: str, code: int, words: str) -> OnedBackupError:
     """The error of the script, or of a program that it ran."""
     kind = error_for_exit_code(code)
-    if kind is DriverFailed:  # no code of ours: a program has failed and said why
-        kind = kind_of_words(words) or DriverFailed
+    if kind is not DriverFailed:
+        return kind(f"{target}: {words or 'no message'}")
+    # No code of ours: a program has failed and said why.
+    kind = kind_of_words(words) or DriverFailed
     return kind(f"{target}: {words or 'no message'} (exit code {code})")

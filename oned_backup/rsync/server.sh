@@ -18,7 +18,7 @@ there() { [ -e "$1" ] || [ -L "$1" ]; }
 echo "odb begun"
 verb=$1 base=$2 marker=.oned-backup-store
 shift 2
-[ -d "$base" ] || fail 69 "$base is not there"
+[ -d "$base" ] || fail 69 "$base is not there: create the directory there, or mount it"
 cd -P -- "$base" || exit 1
 
 # $1: how many backup images the catalogue has here. Beneath a file system that is not
