@@ -48,14 +48,6 @@ class JobDisk:
         return f"backup-{self.target}" if self.checkpoint else ""
 
 
-@dataclass(frozen=True)
-class ScratchUsage:
-    """How full the scratch files of a running job are."""
-
-    used_bytes: int
-    total_bytes: int
-
-
 def job_xml(socket: Path, disks: Sequence[JobDisk], others: Iterable[str]) -> str:
     """The document for a job over `disks`, each full or incremental, and not over `others`."""
     root = xmldoc.build("domainbackup")
@@ -159,14 +151,6 @@ def require_no_other(domain: Domain) -> None:
     doing = _OTHERS.get(stats.get("operation", libvirt.VIR_DOMAIN_JOB_OPERATION_UNKNOWN))
     if doing and stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE:
         raise Busy(f"domain {domain.name} {doing}")
-
-
-def scratch_usage(domain: Domain) -> ScratchUsage | None:
-    """How full the scratch files are; None if no backup job runs."""
-    stats = _backup_statistics(domain)
-    if stats is None:
-        return None
-    return ScratchUsage(int(stats.get("disk_temp_used", 0)), int(stats.get("disk_temp_total", 0)))
 
 
 def _is_starting(domain: Domain) -> bool:

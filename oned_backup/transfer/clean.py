@@ -81,12 +81,13 @@ def end_here(task: Task) -> None:
         LocalHost().remove(task.local_dir)
 
 
-def end_job(task: Task, domain: Domain) -> bool:
-    """End a backup job of ours, of this operation or of an earlier one that died; False if there is none."""
-    ended = backup_job.abort(domain, task.socket_dir)
-    if ended:
-        freeze.resume_after_io_error(domain)  # of its scratch file: now the guest can write
-    return ended
+def end_job(task: Task, domain: Domain) -> None:
+    """End a backup job of ours, of this operation or of an earlier one that died.
+
+    A guest that could not save to its scratch file goes on, also if who ended the job died before that.
+    """
+    backup_job.abort(domain, task.socket_dir)
+    freeze.resume_after_io_error(domain)
 
 
 def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -392,6 +393,42 @@ def test_full_scratch_ends_the_backup_and_not_the_guest(
     keep = vm.points[-1].exports.checkpoint
     vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE, KEEP_CHECKPOINT=keep)
     assert any("I/O error" in line for line in vm.log)
+    command(*inside, "umount", str(scratch))
+    vm.assert_nothing_left("op-00000000dead")
+    assert vm.backup().reason("vdb") == "increment"
+    vm.assert_restores("vdb")
+
+
+@pytest.mark.whole_matrix
+@pytest.mark.fault("host", "scratch full when daemon and watchman are dead")
+def test_full_scratch_that_nobody_has_seen(
+    make_guest: Callable[..., Guest], back_up: BackUp, tmp_path: Path
+) -> None:
+    guest = make_guest([root_disk(tmp_path), data_disk(tmp_path, 64)])
+    vm = back_up(guest)
+    new_file(guest, "/data/vdb/a", 20)
+    vm.backup()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    inside = ["nsenter", "--mount", "--root", f"--target={guest.pid}"]
+    command(*inside, "mount", "-t", "tmpfs", "-o", "size=2m", "scratch", str(scratch))
+    backup = vm.next_backup()
+    lost = vm.directory / "lost"
+    lost.mkdir()
+    place = {"files": lost, "operation_id": "op-00000000dead", "SCRATCH_DIR": str(scratch)}
+    vm.tm("pre_backup_live", backup, **place)
+    pid_file = vm.socket_dir / "op-00000000dead" / "guard.pid"
+    wait_for("the watchman", lambda: pid_file.exists() and pid_file.read_text())
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    overwrite = "dd if=/dev/urandom of=/data/vdb/a bs=1M count=20 conv=notrunc,fsync"
+    guest.shell(f"({overwrite}; touch /run/done) </dev/null >/dev/null 2>&1 &")
+    wait_for("the guest to be stopped", guest.is_paused)
+    # what a daemon that comes back does first
+    vm.vmm("abort_backup", DOMAIN=guest.uuid, SOCKET_DIR=str(vm.socket_dir), INSTALLATION=INSTALLATION)
+    wait_for("running guest", lambda: not guest.is_paused(), 10)
+    wait_for("end of the guest's write", lambda: "done" in guest.run("ls", "/run"))
+    keep = vm.points[-1].exports.checkpoint
+    vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE, KEEP_CHECKPOINT=keep)
     command(*inside, "umount", str(scratch))
     vm.assert_nothing_left("op-00000000dead")
     assert vm.backup().reason("vdb") == "increment"

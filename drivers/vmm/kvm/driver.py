@@ -110,10 +110,12 @@ class Kvm(Driver):
                 call.warn(error.message)
 
     def abort_backup(self, call: Call) -> None:
-        """End the domain's backup job if it is ours."""
+        """End the domain's backup job if it is ours; a guest that was stopped for want of scratch goes on."""
         socket_dir = _socket_dir(call, call.option("SOCKET_DIR"))
         with connected(_host(call).uri) as connection:
-            backup_job.abort(_domain(call, connection), socket_dir)
+            domain = _domain(call, connection)
+            if backup_job.abort(domain, socket_dir):
+                freeze.resume_after_io_error(domain)
 
 
 def _host(call: Call) -> Host:
