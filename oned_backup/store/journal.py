@@ -396,7 +396,7 @@ def _change(connection: sa.Connection, operation_id: str, changes: Mapping[str, 
 
 def _require_running(connection: sa.Connection, operation_id: str, number: int = 0) -> sa.Row[Any]:
     """What is known of a RUNNING operation and of its step `number`; `Conflict` if it does not run."""
-    row = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
+    row: Any = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
     if row is None:
         raise _absent(operation_id)
     if row.state != OperationState.RUNNING:
