@@ -19,7 +19,7 @@ _Ref = Annotated[str, typer.Argument(metavar="DATASTORE", help="Id or name.")]
 _Values = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]…", help="The driver's parameters; KEY=@FILE or KEY=- (ask) for a secret."
+        metavar="KEY=VALUE", help="The driver's parameters; KEY=@FILE or KEY=- (ask) for a secret."
     ),
 ]
 
@@ -85,7 +85,7 @@ def update(
     name: Annotated[str | None, typer.Option(help="A new name.")] = None,
     json: Json = False,
 ) -> None:
-    """Change parameters, and enable the datastore again; an empty value restores the default."""
+    """Change parameters, and enable it again. An empty value restores the default."""
     api = client()
     datastore_id = api.resolve("datastore", ref)
     driver = api.get(f"datastores/{datastore_id}")["driver"]
@@ -95,7 +95,7 @@ def update(
 
 @app.command()
 def delete(ref: _Ref) -> None:
-    """Forget a datastore that keeps no images; what lies in the store is not touched."""
+    """Forget a datastore without images. What lies in the store is not touched."""
     api = client()
     datastore_id = api.resolve("datastore", ref)
     api.delete(f"datastores/{datastore_id}")
@@ -111,7 +111,7 @@ def monitor(ref: _Ref, *, json: Json = False) -> None:
 
 @app.command("import")
 def import_store(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
-    """Enter the backups that a store holds into the catalogue; what is known stays as it is."""
+    """Find the backups that a store holds. What is known already stays as it is."""
     api = client()
     operation = api.post(f"datastores/{api.resolve('datastore', ref)}/import")
     follow.conclude(api, operation, wait=wait, as_json=json, show=_show_import)
@@ -119,7 +119,7 @@ def import_store(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
 
 @app.command()
 def prune(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
-    """Free the space of removed backups, where a store does not do so at once; the daemon does it daily."""
+    """Free the space of removed backups. For stores that do not do so at once; the daemon does it daily."""
     api = client()
     operation = api.post(f"datastores/{api.resolve('datastore', ref)}/prune")
     follow.conclude(
@@ -133,7 +133,7 @@ def prune(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
 
 @app.command()
 def scrub(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
-    """Read again what was proved longest ago, within the day's budget; the daemon does it by itself."""
+    """Read again what was proved longest ago. Within the day's budget; the daemon does it by itself."""
     api = client()
     operation = api.post(f"datastores/{api.resolve('datastore', ref)}/scrub")
     follow.conclude(api, operation, wait=wait, as_json=json, show=_show_scrub)

@@ -17,7 +17,7 @@ app = typer.Typer(help="Drivers: list, check, begin a new one.", no_args_is_help
 
 @app.command("list")
 def list_drivers(*, json: Json = False) -> None:
-    """List the drivers that the daemon would use, and those that it refuses."""
+    """List the drivers that the daemon would use. Also those that it refuses."""
     from oned_backup.config import load_settings  # noqa: PLC0415 - loads slowly
     from oned_backup.runner.drivers import find_drivers  # noqa: PLC0415
 
@@ -70,7 +70,7 @@ def check(
     values: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]…", help="Parameters of a datastore to use; KEY=@FILE reads a secret."
+            metavar="KEY=VALUE", help="Parameters of a datastore to use; KEY=@FILE reads a secret."
         ),
     ] = None,
     store: Annotated[
@@ -83,7 +83,7 @@ def check(
     *,
     json: Json = False,
 ) -> None:
-    """Run the conformance kit on a driver; exits with 70 if a clause fails."""
+    """Run the conformance kit on a driver. Exits with 70 if a clause fails."""
     from oned_backup.runner.kit import ClauseResult, Status, check_driver  # noqa: PLC0415 - loads slowly
     from oned_backup.runner.kit.settings import read_secret  # noqa: PLC0415
 

@@ -72,7 +72,7 @@ def accept_key(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="user@host, of a host or a datastore.")],
     fingerprint: Annotated[str, typer.Argument(metavar="SHA256:…", help="As you compared it.")],
 ) -> None:
-    """Know a machine's SSH host key from now on; the key that was known before is forgotten."""
+    """Accept a machine's SSH host key. The key that was known before is forgotten."""
     key = client().post("ssh/keys", {"target": target, "fingerprint": fingerprint})
     output.say(f"host key {key['fingerprint']} of {key['name']} is known")
 

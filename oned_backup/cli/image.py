@@ -45,7 +45,7 @@ def list_images(
 
 @app.command()
 def show(image: _Id, *, json: Json = False) -> None:
-    """Show every restore point: its disks with reasons, freeze window, and whether it was verified."""
+    """Show every restore point of an image. Its disks with reasons, freeze, whether it was verified."""
     found = client().get(f"images/{image}")
     if json:
         output.print_json(found)
@@ -107,7 +107,7 @@ def _disk_rows(point: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 @app.command()
 def ls(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
-    """List the disks of a restore point with the pseudo-URLs that `download` takes."""
+    """List a restore point's disks with the URLs for `download`."""
     disks = client().get(f"images/{image}/disks", increment_id=increment)
     if json:
         output.print_json(disks)
@@ -154,7 +154,7 @@ def delete(
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Delete an image with all its restore points, or one of its increments."""
+    """Delete an image, or one of its increments."""
     api = client()
     if increment is not None:
         if force:
@@ -225,7 +225,7 @@ def restore(
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Restore a VM, or one disk, to a directory of a host; every byte is proved on the way."""
+    """Restore a VM, or a disk, to a directory of a host. Every byte is proved on the way."""
     api = client()
     body = {
         "to": str(to if host else to.absolute()),
@@ -277,7 +277,7 @@ def download(
     salvage: _Salvage = False,
     json: Json = False,
 ) -> None:
-    """Restore one disk by its pseudo-URL, or all files of a restore point side by side."""
+    """Restore a disk by its URL, or a restore point. All disks of it side by side."""
     whole = is_restore_point(url)
     if whole and target == "-":
         raise InvalidInput(

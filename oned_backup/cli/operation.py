@@ -97,7 +97,7 @@ def show(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show an operation: its steps, how far it is, its result, and if it failed what was undone."""
+    """Show an operation. Its steps, how far it is, its result, and if it failed what was undone."""
     api = client()
     found = api.get(_path(operation))
     if wait and found["ended_at"] is None:

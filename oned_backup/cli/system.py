@@ -52,7 +52,7 @@ def doctor(
     *,
     json: Json = False,
 ) -> None:
-    """Check what this machine needs, and say how to get what is missing. Works without a daemon."""
+    """Check what is needed, and how to get what is missing. Works without a daemon."""
     from oned_backup.cli.doctor import examine  # noqa: PLC0415 - loads slowly
 
     checks = []
@@ -70,7 +70,7 @@ def doctor(
 
 
 def metrics() -> None:
-    """Print what the daemon tells Prometheus: for its textfile collector, or to look at."""
+    """Print what the daemon tells Prometheus. For its textfile collector, or to look at."""
     sys.stdout.write(client().metrics())
 
 

@@ -22,7 +22,7 @@ _Ref = Annotated[str, typer.Argument(metavar="VM", help="Id or name.")]
 @app.command("import")
 def import_vms(
     host: Annotated[str, typer.Argument(help="Id or name of the host.")],
-    domains: Annotated[list[str] | None, typer.Argument(metavar="[DOMAIN]…", help="Names or UUIDs.")] = None,
+    domains: Annotated[list[str] | None, typer.Argument(metavar="DOMAIN", help="Names or UUIDs.")] = None,
     *,
     every: Annotated[bool, typer.Option("--all", help="All domains of the host.")] = False,
     json: Json = False,
@@ -43,7 +43,7 @@ def import_vms(
 
 @app.command("list")
 def list_vms(*, json: Json = False) -> None:
-    """List the VMs: the last good backup, when one was last proved, and whether the last try failed."""
+    """List the VMs. The last good backup, when one was last proved, and whether the last try failed."""
     vms = client().get("vms")
     if json:
         output.print_json(vms)
@@ -85,7 +85,7 @@ def _ago(seconds: float | None) -> str:
 
 @app.command()
 def show(ref: _Ref, *, json: Json = False) -> None:
-    """Show a VM: how it is backed up, its disks (and why one is left out), its backups."""
+    """Show how a VM is backed up. Its disks, and why one is left out; its backups."""
     api = client()
     vm = api.get(f"vms/{api.resolve('vm', ref)}")
     if json:
@@ -151,11 +151,11 @@ def print_images(images: list[dict[str, Any]]) -> None:
 @app.command("set")
 def configure(
     ref: _Ref,
-    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE…", help="MODE, KEEP_LAST, FS_FREEZE, …")],
+    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="MODE, KEEP_LAST, FS_FREEZE, …")],
     *,
     json: Json = False,
 ) -> None:
-    """Change how a VM is backed up; an empty value restores the default."""
+    """Change how a VM is backed up. An empty value restores the default."""
     api = client()
     vm = api.patch(f"vms/{api.resolve('vm', ref)}/config", {"values": key_values(values)})
     if json:
@@ -168,7 +168,7 @@ def configure(
 
 @app.command()
 def backup(
-    refs: Annotated[list[str] | None, typer.Argument(metavar="[VM]…", help="Ids or names.")] = None,
+    refs: Annotated[list[str] | None, typer.Argument(metavar="VM", help="Ids or names.")] = None,
     datastore: Annotated[
         str | None, typer.Option("-d", "--datastore", help="Id or name; a chain goes on where it is.")
     ] = None,
@@ -178,9 +178,10 @@ def backup(
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Back up VMs, running or off: several side by side, as far as the daemon's limits let them.
+    """Back up VMs, running or off.
 
-    If some of several fail, the others are backed up all the same.
+    Several are backed up side by side, as far as the daemon's limits let them. If some fail, the others are
+    backed up all the same.
     """
     if every == bool(refs):
         raise InvalidInput("name the VMs to back up, or use --all")
@@ -220,7 +221,7 @@ def retention(
     wait: Wait = True,
     json: Json = False,
 ) -> None:
-    """Let go what no rule keeps, and say of each restore point why it stays or goes.
+    """Let go what no rule keeps. Of each restore point it is said why it stays or goes.
 
     The rules: vm set VM KEEP_LAST=n KEEP_DAILY=n KEEP_WEEKLY=n KEEP_MONTHLY=n KEEP_YEARLY=n, in the
     daemon's local time. `image pin` keeps a single restore point.

@@ -394,9 +394,9 @@ def _change(connection: sa.Connection, operation_id: str, changes: Mapping[str, 
     return _operation(connection.execute(_CHANGE, {"this": operation_id, **changes}).one())
 
 
-def _require_running(connection: sa.Connection, operation_id: str, number: int = 0) -> sa.Row[Any]:
+def _require_running(connection: sa.Connection, operation_id: str, number: int = 0) -> Any:
     """What is known of a RUNNING operation and of its step `number`; `Conflict` if it does not run."""
-    row: Any = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
+    row = connection.execute(_STATE, {"this": operation_id, "step": number}).one_or_none()
     if row is None:
         raise _absent(operation_id)
     if row.state != OperationState.RUNNING:

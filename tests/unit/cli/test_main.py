@@ -109,3 +109,14 @@ def test_directories(tmp_path: Path) -> None:
     plain.touch()
     assert check_directory("state_dir", plain, private=True).status == "fail"
     assert check_daemon(tmp_path / "none").status == "warn"
+
+
+@pytest.mark.parametrize("group", ["", "config", "host", "vm", "datastore", "image", "operation", "driver"])
+def test_no_command_is_explained_half(
+    group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run([*group.split(), "--help"])
+    commands = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert commands
+    assert "..." not in commands
