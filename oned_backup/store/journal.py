@@ -63,7 +63,7 @@ _CHANGE = operations.update().where(_THIS).returning(operations)
 _NEW = operations.insert().returning(operations)
 _THIS_NUMBER = steps.c.number == sa.bindparam("step")
 _LAST_STEP = sa.select(sa.func.max(steps.c.number)).where(steps.c.operation_id == sa.bindparam("this"))
-_STATE = (
+_STATE: sa.Select[Any] = (
     sa.select(
         operations.c.state,
         _LAST_STEP.scalar_subquery().label("last_step"),
