@@ -18,6 +18,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "share/doc").rglob("*.md")),
 ]
+COMMANDS = typer.main.get_command(app)
 #: up to what cannot be part of the command
 MENTION = re.compile(r"(?:^|[`$( ])oned-backup ((?:[^`\n|>&;]|\\\n)+)", re.MULTILINE)
 WORD = re.compile(r"[a-z][a-z-]*")
@@ -26,7 +27,7 @@ OPTION = re.compile(r"(?<=[\s\[])--?[a-z][a-z-]*")
 
 def unknown(text: str) -> str:
     """What of a command line does not exist; empty if all does."""
-    command: Any = typer.main.get_command(app)
+    command: Any = COMMANDS
     known = {name for one in command.params for name in one.opts}
     words = [word for word in text.replace("\\\n", " ").split() if word not in {"--config", "FILE"}]
     while words and hasattr(command, "commands"):

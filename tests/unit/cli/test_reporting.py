@@ -9,12 +9,25 @@ from oned_backup.cli.follow import _description
 from .conftest import Stack
 
 
+def assert_told_in_the_log(log: str, done: str) -> None:
+    """Each line is one event of a named operation of a named VM."""
+    assert re.search(rf" INFO {re.escape(done)}: begins$", log, re.MULTILINE), log
+    assert re.search(rf" INFO {re.escape(done)}: DONE in \d+\.\d s: .*image_id=0 .*type=FULL", log), log
+    assert re.search(r" WARNING backup op-\w+ of VM 1 \(web\): FAILED in \d+\.\d s: .* is not there", log), (
+        log
+    )
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ ", line) for line in log.splitlines()), (
+        log
+    )
+
+
 def test_failed_backups_are_listed_with_cause_undoing_and_next_action(stack: Stack) -> None:
-    stack.ok("vm", "backup", "web")
+    done = stack.ok("vm", "backup", "web", "--json").json
     stack.store.rename(stack.store.with_name("away"))
     stack.store.write_text("no directory")
     failed = stack("vm", "backup", "web")
     assert failed.code != 0
+    assert_told_in_the_log(stack.daemon.log.read_text(), f"backup {done['id']} of VM 1 (web)")
     (row,) = stack.ok("operation", "list", "--failed", "--json").json
     assert row["error"]["exit_code"] == failed.code
     assert row["failure"]["step"] in {"PLAN", "STORE"}
@@ -68,23 +81,6 @@ def test_metrics_tell_of_every_vm_and_a_broken_point_proves_nothing(stack: Stack
 def test_a_driver_that_waits_says_why_in_the_progress() -> None:
     view = {"kind": "backup", "progress": {"message": "bk: connection lost; the next attempt is in 4 s"}}
     assert _description(view, "STORE") == ("backup: storing: bk: connection lost; the next attempt is in 4 s")
-
-
-def test_the_log_names_vm_and_operation_on_one_line_each(stack: Stack) -> None:
-    done = stack.ok("vm", "backup", "web", "--json").json
-    stack.store.rename(stack.store.with_name("away"))
-    failed = stack("vm", "backup", "db")
-    log = stack.daemon.log.read_text()
-    name = f"backup {done['id']} of VM 1 (web)"
-    assert re.search(rf" INFO {re.escape(name)}: begins$", log, re.MULTILINE), log
-    assert re.search(
-        rf" INFO {re.escape(name)}: DONE in \d+\.\d s: .*image_id=0 increment_id=0 .*type=FULL", log
-    ), log
-    assert re.search(r" WARNING backup op-\w+ of VM 0 \(db\): FAILED in \d+\.\d s: .* is not there", log), log
-    assert failed.code == 69
-    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ ", line) for line in log.splitlines()), (
-        log
-    )
 
 
 def test_several_vms_are_backed_up_and_one_that_fails_keeps_no_other_from_it(stack: Stack) -> None:

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import socket
 from pathlib import Path
 
 import pytest
 
 from oned_backup.cli.main import run
 
-from .conftest import Stack
-
 UNITS = sorted((Path(__file__).parents[3] / "share/systemd").glob("*.service"))
-
-
-def test_systemd_is_told_when_commands_can_connect(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = stack.daemon.directory / "notify"
-    stack.daemon.end()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(address))
-        systemd.settimeout(30)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(address))
-        stack.daemon.start()
-        assert systemd.recv(100) == b"READY=1"
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=[unit.stem for unit in UNITS])
