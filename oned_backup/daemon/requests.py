@@ -12,9 +12,8 @@ from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import with_pin
 from oned_backup.model.vm import VmState
 from oned_backup.operations.delete import refuse_pinned
-from oned_backup.operations.exclusion import must_wait_for, retention_lock
+from oned_backup.operations.exclusion import datastore_lock, must_wait_for, retention_lock, vm_lock
 from oned_backup.operations.flatten import checked_run
-from oned_backup.operations.kinds import datastore_lock, vm_lock
 from oned_backup.operations.scrub import scrub_lock
 from oned_backup.store import Operation, OperationState
 

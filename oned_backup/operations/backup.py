@@ -23,7 +23,7 @@ from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.exports import BackupType, Exports
+from oned_backup.contract.exports import BackupType, Exports, Reason
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.contract.request import Backup, Outcome, Request
 from oned_backup.contract.result import document
@@ -63,7 +63,7 @@ from oned_backup.operations.damage import enter_absence
 from oned_backup.operations.delete import owes, removed_later
 from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
-from oned_backup.operations.exclusion import retention_lock
+from oned_backup.operations.exclusion import retention_lock, vm_lock
 from oned_backup.operations.moving import refreshed
 from oned_backup.operations.services import NEW_ID, Services, new_backup_id
 from oned_backup.operations.steps import Step, Undo
@@ -461,7 +461,11 @@ def _result(context: Context) -> Mapping[str, Any]:
 
 
 def _ended(context: Context, state: OperationState, error: OnedBackupError | None) -> None:
-    """Put the VM's state back, tell it what went wrong, and queue the retention if there is work for it."""
+    """Put the VM's state back, tell it what went wrong, and queue what is to follow.
+
+    That is the retention, if there is work for it; and the verification of a backup that was made because
+    there is damage in the store: restic would let it refer to the damaged data again.
+    """
     services = context.services
     vm_id = context.integer("vm_id")
 
@@ -477,6 +481,11 @@ def _ended(context: Context, state: OperationState, error: OnedBackupError | Non
     vm = Vm(services.store.change("vm", vm_id, ended))
     if state is OperationState.DONE and (vm.config.rules or owes(services, vm_id)):
         services.store.journal.enqueue("retention", retention_lock(vm_id), {"vm_id": vm_id}, vm_id=vm_id)
+    if state is OperationState.DONE and plan_of(context).full_reason == Reason.CHAIN_DAMAGED.value:
+        image_id = context.facts["image_id"]
+        services.store.journal.enqueue(
+            "verify", vm_lock(vm_id), {"image_id": image_id}, vm_id=vm_id, image_id=image_id
+        )
 
 
 BACKUP = OperationKind(

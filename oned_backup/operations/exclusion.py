@@ -1,4 +1,4 @@
-"""Which operations of a VM may run at the same time.
+"""Which operations may run at the same time: the locks that they hold, and what waits for what.
 
 The journal holds that no two operations of one lock run. What more is needed depends on
 what an operation does to the VM's restore points:
@@ -7,6 +7,9 @@ what an operation does to the VM's restore points:
     vm:<id>         backup (adds one), restore, verify, download (read), cut, delete (take away)
     retention:<id>  retention, flatten: they make new backups and switch the catalogue to them
     removal:<id>    remove: takes from the store what the catalogue does not need any more
+    datastore:<id>  import; the download from a datastore of what no known VM has
+    prune:<id>      prune
+    scrub:<id>      scrub
 
 So backups and restores run beside a merge. `must_wait_for` adds: nothing is removed while an
 operation runs that may have begun to read it, since it started when the catalogue still
@@ -32,6 +35,16 @@ _EXCLUDED: dict[str, frozenset[str]] = {
     "delete": _RETAINING,
     "cut": _RETAINING - {"remove"},
 }
+
+
+def vm_lock(vm_id: int) -> str:
+    """The lock of what adds to a VM's chains or reads them."""
+    return f"vm:{vm_id}"
+
+
+def datastore_lock(datastore_id: int) -> str:
+    """The lock of what concerns a datastore as a whole."""
+    return f"datastore:{datastore_id}"
 
 
 def retention_lock(vm_id: int) -> str:

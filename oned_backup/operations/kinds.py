@@ -1,8 +1,4 @@
-"""All kinds of operations, and the lock that each takes.
-
-What adds to or reads a VM's chains holds the VM's lock; what merges and removes has locks of its
-own (see `exclusion`). Different VMs run side by side.
-"""
+"""All kinds of operations, by name."""
 
 from __future__ import annotations
 
@@ -20,13 +16,3 @@ from oned_backup.operations.verify import VERIFY
 
 _ALL = (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE, SCRUB)
 KINDS: dict[str, OperationKind] = {kind.name: kind for kind in _ALL}
-
-
-def vm_lock(vm_id: int) -> str:
-    """The lock of what adds to a VM's chains or reads them."""
-    return f"vm:{vm_id}"
-
-
-def datastore_lock(datastore_id: int) -> str:
-    """The lock of what concerns a datastore as a whole."""
-    return f"datastore:{datastore_id}"

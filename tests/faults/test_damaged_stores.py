@@ -270,6 +270,9 @@ def test_a_broken_chain_is_not_continued_and_not_merged(site: Simulation) -> Non
     assert newest["id"] > before
     assert newest["increments"][0]["disks"][0]["reason"] == "chain-damaged"
     assert site.backup() == "INCREMENT"
+    site.settle()
+    again = [one for one in site.operations("verify") if one["image_id"] == newest["id"]]
+    assert [one["state"] for one in again] == ["DONE"], "a store that has lost something is read at once"
     assert states(site) == ["GOOD", "BROKEN", "BROKEN"]
 
 

@@ -189,3 +189,25 @@ def test_a_server_that_is_gone_when_something_is_removed(
     assert site.operations("remove")[0]["state"] == "DONE"
     left = {(point["image_id"], point["increment_id"]) for point in site.points()}
     site.truth = {key: disks for key, disks in site.truth.items() if key in left}
+
+
+@pytest.mark.whole_matrix
+@pytest.mark.fault("data", "damaged pack of restic that the next full backup refers to")
+def test_a_full_backup_of_damaged_data_is_found_broken_at_once(sshd: Sshd) -> None:
+    with simulation() as site:
+        site.restart(**settings(sshd))
+        store_id = _created(site, sshd, "restic")
+        assert site.backup(datastore_id=store_id) == "FULL"
+        pack = max((site.directory / "restic").rglob("data/*/*"), key=lambda path: path.stat().st_size)
+        data = bytearray(pack.read_bytes())
+        data[len(data) // 3] ^= 1
+        pack.chmod(0o600)
+        pack.write_bytes(data)
+        damaged = site.images()[-1]["id"]
+        assert site.ended(site.submit(f"images/{damaged}/verify"))["error"]["code"] == "DataCorrupt"
+        again = site.done(site.submit("vms/0/backup", {"datastore_id": store_id}))  # of the same content
+        assert again["type"] == "FULL"
+        site.settle()
+        states = {point["image_id"]: point["state"] for point in site.points()}
+        assert (states[damaged], states[max(states)]) == ("BROKEN", "BROKEN")
+        assert max(states) > damaged

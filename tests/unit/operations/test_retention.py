@@ -17,9 +17,9 @@ from oned_backup.operations import retention
 from oned_backup.operations.context import Context
 from oned_backup.operations.delete import cut_off, mark_image
 from oned_backup.operations.engine import run_operation
-from oned_backup.operations.exclusion import must_wait_for, removal_lock, retention_lock
+from oned_backup.operations.exclusion import must_wait_for, removal_lock, retention_lock, vm_lock
 from oned_backup.operations.inventory import configure_vm
-from oned_backup.operations.kinds import KINDS, vm_lock
+from oned_backup.operations.kinds import KINDS
 from oned_backup.store import Operation, OperationState
 
 from .conftest import World
