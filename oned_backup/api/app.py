@@ -27,6 +27,7 @@ from oned_backup.api.bodies import (
     DatastoreChange,
     DownloadBody,
     HostBody,
+    HostChange,
     ImportBody,
     KeyBody,
     PinBody,
@@ -200,6 +201,10 @@ def _add_hosts(app: FastAPI, service: Service) -> None:
             for one in found
         ]
         return {**views.host_row(services.host(host_id)), "domains": domains, "unreachable": error}
+
+    @app.patch("/v1/hosts/{host_id}")
+    def update(host_id: int, body: HostChange) -> Any:
+        return views.host_row(inventory.update_host(services, host_id, body.values))
 
     @app.delete("/v1/hosts/{host_id}")
     def remove(host_id: int, *, force: bool = False) -> Any:

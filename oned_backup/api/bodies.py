@@ -26,6 +26,12 @@ class HostBody(_Body):
     accept_host_key: str = Field(default="", max_length=64)
 
 
+class HostChange(_Body):
+    """What to change of a host."""
+
+    values: _Values
+
+
 class KeyBody(_Body):
     """The fingerprint of a machine's host key that somebody has compared."""
 

@@ -14,7 +14,7 @@ from oned_backup.daemon.telling import name_of
 from oned_backup.errors import DataCorrupt
 from oned_backup.model.backup_config import BackupConfig
 from oned_backup.model.datastore import Datastore, masked
-from oned_backup.model.host import Host
+from oned_backup.model.host import PATHS, Host
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.pruning import pinned
@@ -39,6 +39,7 @@ def host_row(host: Host) -> JSON:
         "tm": host.tm_mad,
         "vms": list(host.vm_ids),
         "error": host.error,
+        "paths": {name: str(host.path(name)) for name in PATHS},
     }
 
 

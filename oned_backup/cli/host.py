@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from oned_backup.cli import output
-from oned_backup.cli.session import Json, client
+from oned_backup.cli.session import Json, client, key_values
 
 app = typer.Typer(help="Hypervisors.", no_args_is_help=True)
 
@@ -58,13 +58,29 @@ def show(ref: _Ref, *, json: Json = False) -> None:
         output.print_json(host)
         return
     names = ("id", "name", "uri", "state", "vmm", "tm", "error")
-    output.print_fields([(name, host[name]) for name in names])
+    output.print_fields([*((name, host[name]) for name in names), *host["paths"].items()])
     output.say("")
     output.print_table(
         ("DOMAIN", "STATE", "VM>", "UUID"),
         [(one["name"], one["state"], one["vm_id"], one["uuid"]) for one in host["domains"]],
         empty="No domains." if host["unreachable"] is None else host["unreachable"]["message"],
     )
+
+
+@app.command()
+def update(
+    ref: _Ref,
+    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="REMOTE_DIR or SWTPM_DIR.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Set a hypervisor's own directories. An empty value restores the default."""
+    api = client()
+    host = api.patch(f"hosts/{api.resolve('host', ref)}", {"values": key_values(values)})
+    if json:
+        output.print_json(host)
+    else:
+        output.print_fields(list(host["paths"].items()))
 
 
 @app.command("accept-key")

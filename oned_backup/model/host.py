@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from pathlib import PurePosixPath
 
 from oned_backup import xmldoc
+from oned_backup.errors import InvalidInput
 from oned_backup.model.document import Document, checked_title, id_list, ids, replace_all, section, shown
 from oned_backup.model.vm import Placement
 
 DEFAULT_URI = "qemu:///system"
+
+#: directories on a host that people may set, all absolute, and what is used otherwise
+PATHS: Mapping[str, str] = {
+    # on another machine: holds a directory for each daemon, so that none takes another's jobs for its own
+    "REMOTE_DIR": "/run/oned-backup",
+    # of libvirt's: the state of TPMs, by the UUIDs of their domains
+    "SWTPM_DIR": "/var/lib/libvirt/swtpm",
+}
 
 
 class HostState(IntEnum):
@@ -38,6 +48,10 @@ class Host(Document):
     def tm_mad(self) -> str:
         """The transfer manager driver for VMs that are imported from it."""
         return xmldoc.text(self.element, "TEMPLATE/TM_MAD", "qcow2")
+
+    def path(self, name: str) -> PurePosixPath:
+        """One of `PATHS` on this host."""
+        return PurePosixPath(xmldoc.text(self.element, f"TEMPLATE/{name}") or PATHS[name])
 
     @property
     def state_name(self) -> str:
@@ -104,6 +118,20 @@ def with_state(host: Host, state: HostState, error: str = "") -> Host:
         xmldoc.put(element, "STATE", int(state))
     errors = [xmldoc.build("ERROR", shown(error))] if error else []
     replace_all(section(element, "TEMPLATE"), "ERROR", errors)
+    return Host(element)
+
+
+def with_paths(host: Host, values: Mapping[str, str]) -> Host:
+    """`host` with other `PATHS`; an empty value restores the default."""
+    element = xmldoc.copy(host.element)
+    for name, value in values.items():
+        if name not in PATHS:
+            raise InvalidInput(f"{name} cannot be set of a host", hint=f"What can: {', '.join(PATHS)}.")
+        path = PurePosixPath(value)
+        if value and (not path.is_absolute() or ".." in path.parts or not value.isprintable()):
+            raise InvalidInput(f"{name} is {value!r}, not the absolute path of a directory")
+        found = [xmldoc.build(name, value)] if value else []
+        replace_all(section(element, "TEMPLATE"), name, found)
     return Host(element)
 
 

@@ -10,7 +10,15 @@ from oned_backup.contract.actions import Kind
 from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unavailable
 from oned_backup.model.backup_config import RETENTION
 from oned_backup.model.document import replace_all
-from oned_backup.model.host import Host, HostState, new_host, with_state, with_vms, without_vm
+from oned_backup.model.host import (
+    Host,
+    HostState,
+    new_host,
+    with_paths,
+    with_state,
+    with_vms,
+    without_vm,
+)
 from oned_backup.model.selection import configure
 from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config
 from oned_backup.model.vm import with_state as with_vm_state
@@ -70,6 +78,13 @@ def look_at_host(services: Services, host_id: int) -> tuple[DomainSummary, ...]:
         "host", host_id, lambda element: with_state(Host(element), HostState.MONITORED).element
     )
     return domains
+
+
+def update_host(services: Services, host_id: int, values: Mapping[str, str]) -> Host:
+    """The host with other directories of its own (`model.host.PATHS`)."""
+    return Host(
+        services.store.change("host", host_id, lambda element: with_paths(Host(element), values).element)
+    )
 
 
 def remove_host(services: Services, host_id: int, *, force: bool) -> None:

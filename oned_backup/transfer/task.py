@@ -17,10 +17,6 @@ from oned_backup.model.vm import Vm
 #: for the scratch files of block devices, if no SCRATCH_DIR is set
 BLOCK_SCRATCH_DIR = Path("/var/tmp")  # noqa: S108 - the names in it cannot be guessed
 
-#: on another machine: holds a directory for each daemon, so that none takes another's jobs for its own
-REMOTE_DIR = Path("/run/oned-backup")
-
-_DEFAULT_SWTPM_DIR = "/var/lib/libvirt/swtpm"
 _DEFAULT_FREEZE_TIMEOUT_S = 10.0
 
 
@@ -118,15 +114,14 @@ def task_of(request: Request) -> Task:
 
 def swtpm_dir_of(host: Host) -> Path:
     """Where libvirt keeps the state of TPMs on the host: a directory for each domain, named by its UUID."""
-    return Path(host.element.findtext("TEMPLATE/SWTPM_DIR") or _DEFAULT_SWTPM_DIR)
+    return Path(host.path("SWTPM_DIR"))
 
 
 def socket_dir_on(machine: Machine, host: Host, here: Path, installation: str) -> Path:
     """Where the operations of this daemon have their directories on the host; `here` is that of its own."""
     if not machine.machine:
         return here
-    base = host.element.findtext("TEMPLATE/REMOTE_DIR") or str(REMOTE_DIR)
-    return _absolute(base, "REMOTE_DIR") / checked_name(installation, "INSTALLATION")
+    return Path(host.path("REMOTE_DIR")) / checked_name(installation, "INSTALLATION")
 
 
 def _absolute(path: str, name: str) -> Path:

@@ -25,7 +25,7 @@ from oned_backup.disk.chain import Layer
 from oned_backup.disk.image import open_export
 from oned_backup.disk.restore import restore_chain
 from oned_backup.model.backup_config import BackupConfig, FsFreeze, Mode
-from oned_backup.model.host import Host, new_host
+from oned_backup.model.host import Host, new_host, with_paths
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.vm import DomainState, Vm, new_vm, sync_domain, with_config
 from oned_backup.runner.drivers import find_driver
@@ -322,7 +322,4 @@ def new_file(guest: Guest, path: str, mib: int) -> None:
 
 def _host(guest: Guest, uri: str) -> Host:
     host = new_host(0, name="lab", uri=uri or guest.uri)
-    template = host.element.find("TEMPLATE")
-    assert template is not None
-    xmldoc.fill(template, {"SWTPM_DIR": str(guest.libvirtd.swtpm_dir)})
-    return host
+    return with_paths(host, {"SWTPM_DIR": str(guest.libvirtd.swtpm_dir)})

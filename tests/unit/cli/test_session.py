@@ -137,6 +137,16 @@ def test_a_lost_catalogue_is_rebuilt_from_the_store(stack: Stack, tmp_path: Path
     assert stack.ok("vm", "backup", "web").code == 0
 
 
+def test_a_host_has_directories_of_its_own(shared: Stack) -> None:
+    changed = shared.ok("host", "update", "lab", "REMOTE_DIR=/srv/odb", "--json").json
+    assert changed["paths"]["REMOTE_DIR"] == "/srv/odb"
+    assert "/srv/odb" in shared.ok("host", "show", "lab").out
+    refused = shared("host", "update", "lab", "URI=qemu:///system")
+    assert (refused.code, "REMOTE_DIR, SWTPM_DIR" in refused.err) == (2, True)
+    shared.ok("host", "update", "lab", "REMOTE_DIR=")
+    assert shared.ok("host", "show", "lab", "--json").json["paths"]["REMOTE_DIR"] == "/run/oned-backup"
+
+
 def test_delete_forgets_and_removes(stack: Stack) -> None:
     stack.ok("vm", "backup", "web")
     refused = stack("datastore", "delete", "store")

@@ -77,6 +77,22 @@ def test_a_host_s_state_error_and_vms_are_kept(host, assert_valid):
     assert (well.error, well.vm_ids, well.element.findtext("PREV_STATE")) == ("", (7,), "3")
 
 
+def test_a_host_s_directories_are_set_and_set_back(host, assert_valid):
+    moved = hosts.with_paths(host, {"REMOTE_DIR": "/srv/odb", "SWTPM_DIR": "/srv/tpm"})
+
+    assert (str(host.path("REMOTE_DIR")), str(moved.path("REMOTE_DIR"))) == ("/run/oned-backup", "/srv/odb")
+    assert_valid(moved.element)
+    assert hosts.with_paths(moved, {"REMOTE_DIR": ""}).path("REMOTE_DIR") == host.path("REMOTE_DIR")
+
+
+@pytest.mark.parametrize(
+    "values", [{"URI": "/x"}, {"REMOTE_DIR": "srv"}, {"REMOTE_DIR": "/srv/../etc"}, {"SWTPM_DIR": "/a\nb"}]
+)
+def test_what_is_no_directory_of_a_host_is_refused(host, values):
+    with pytest.raises(InvalidInput, match=next(iter(values))):
+        hosts.with_paths(host, values)
+
+
 def test_json_has_lists_where_there_may_be_many(vm, host, datastore):
     vm_json = to_json(vm.element)
 

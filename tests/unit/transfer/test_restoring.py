@@ -12,7 +12,6 @@ import pytest
 from lab import wait_for
 from sshd import Sshd
 
-from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Outcome, Request
 from oned_backup.contract.targets import NewDisk
@@ -22,7 +21,7 @@ from oned_backup.disk.target import NbdExport, parse_target
 from oned_backup.errors import Conflict, InvalidInput, NoSpace, NotFound, PermissionDenied
 from oned_backup.hypervisor.host import LocalHost
 from oned_backup.hypervisor.ssh_host import SshHost
-from oned_backup.model.host import new_host
+from oned_backup.model.host import new_host, with_paths
 from oned_backup.transfer import guard, restoring
 from oned_backup.transfer.restoring import Restoring, clean, place, prepare
 
@@ -152,8 +151,7 @@ def test_places_that_cannot_be(task: Restoring, tmp_path: Path) -> None:
 def test_the_state_of_a_tpm_whose_domain_was_not_defined_goes(
     tmp_path: Path, outcome: Outcome, *, stays: bool
 ) -> None:
-    host = new_host(0, name="here", uri="qemu:///system").element
-    xmldoc.put(host.find("TEMPLATE"), "SWTPM_DIR", str(tmp_path / "swtpm"))  # type: ignore[arg-type]
+    host = with_paths(new_host(0, name="here"), {"SWTPM_DIR": str(tmp_path / "swtpm")}).element
     (tmp_path / "swtpm" / "uuid-1" / "tpm2").mkdir(parents=True)
     (tmp_path / "swtpm" / "uuid-2").mkdir()
     options = {
