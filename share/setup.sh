@@ -4,8 +4,9 @@
 #
 # Debian packages are installed when this runs as root; otherwise the missing
 # ones are named and nothing is changed. Python packages go into .venv/ in the
-# project's root, a virtual environment of the system's Python that sees the
-# system's packages, since libnbd's binding is distributed only there.
+# project's root, a virtual environment of the system's Python. Of the system's
+# packages it sees libvirt's and libnbd's bindings alone: what else is there, and
+# runs whenever Python starts, would be paid for at each start of a driver.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,7 +53,10 @@ fi
 stamp=$(cat pyproject.toml share/setup.sh | sha256sum | cut -d ' ' -f 1)$extra
 if [ "$(cat .venv/.stamp 2>/dev/null || true)" != "$stamp" ]; then
   echo "setting up .venv"
-  /usr/bin/python3 -m venv --system-site-packages .venv
+  /usr/bin/python3 -m venv --clear .venv
+  for binding in /usr/lib/python3/dist-packages/{libvirt*.py,libvirtmod*,libvirt_python-*,nbd.py,libnbdmod*}; do
+    ln -s "$binding" .venv/lib/python3.*/site-packages/
+  done
   .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".$extra"
   echo "$stamp" >.venv/.stamp
 fi
