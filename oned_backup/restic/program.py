@@ -71,8 +71,8 @@ _SAYINGS: tuple[tuple[str, type[OnedBackupError]], ...] = (
 )
 
 
-#: what restic says when it did not wait for the words of an ssh that has ended: then ssh is asked again
-_UNHEARD = "file already closed"
+#: what restic says when it may not have waited for the words of an ssh that has ended
+_UNHEARD = re.compile(r"unable to start the sftp session|file already closed")
 #: how ssh begins to say that a host has another key; of its words only these may have been heard
 _BANNER = "@@@@"
 
@@ -307,14 +307,15 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
     """The error for a bad end of restic, or for what it said while it went on."""
     text = done.stderr.decode("utf-8", "replace")
     kind = _CODES.get(done.returncode) or kind_of(text) or DriverFailed
-    if location.target and "subprocess ssh: " in text and issubclass(kind, Unavailable | PermissionDenied):
+    heard = "subprocess ssh: " in text
+    if location.target and heard and issubclass(kind, Unavailable | PermissionDenied):
         said = [
             line.partition("subprocess ssh: ")[2] for line in text.splitlines() if "subprocess ssh: " in line
         ]
         error = ssh.failed(location.target, "\n".join(said).encode())
         if isinstance(error, OnedBackupError) and _BANNER not in error.message:
             return error
-    if location.target and (_UNHEARD in text or _BANNER in text):
+    if location.target and (_BANNER in text or (not heard and _UNHEARD.search(text))):  # ask ssh again
         try:
             ssh.remote_run(location.target, ["true"])
         except OnedBackupError as error:

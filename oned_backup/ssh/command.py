@@ -115,7 +115,7 @@ def failure(target: str, stderr: str) -> OnedBackupError:
     host = host_of(target)
     if "HOST IDENTIFICATION HAS CHANGED" in stderr:
         return changed_key(host, _fingerprint(stderr))
-    if "Host key verification failed" in stderr:
+    if "Host key verification failed" in stderr or "host key is known for" in stderr:
         return unknown_key(host)
     if "Permission denied" in stderr or "Too many authentication failures" in stderr:
         return PermissionDenied(
