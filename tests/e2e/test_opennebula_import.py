@@ -69,6 +69,7 @@ def test_a_store_of_opennebulas_is_imported_and_restored(
     assert {path: path.read_bytes() for path in foreign.folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.whole_matrix  # contract/restic has it with the driver alone
 def test_a_repository_of_a_job_is_imported_and_restored(product: Product, sshd: Sshd, tmp_path: Path) -> None:
     """Two VMs in one repository of restic's, which OpenNebula names after the backup job."""
     base = tmp_path / "100"

@@ -87,6 +87,7 @@ def week(make_guest: Callable[..., Guest], short_dir: Path, tmp_path: Path) -> I
 
 
 @pytest.mark.guest
+@pytest.mark.whole_matrix  # faults/test_kill_matrix has its kills without a guest, e2e/test_week the rest
 def test_a_week(week: Week) -> None:
     for _ in range(3):
         week.day()

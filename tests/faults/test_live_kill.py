@@ -255,7 +255,7 @@ def test_killed_while_the_guest_is_off(off: LiveSite, kind: str, point: str, vic
     "point",
     [
         pytest.param("kvm.define.begun", marks=pytest.mark.whole_matrix),
-        "kvm.define.tpm.acted",
+        pytest.param("kvm.define.tpm.acted", marks=pytest.mark.whole_matrix),
         "kvm.define.acted",
     ],
 )

@@ -14,7 +14,7 @@ from oned_backup.runner.kit.clause import Status
 #: All of them take five minutes and more over SSH: `oned-backup driver check drivers/datastore/rsync …`.
 #: These say most of what is the rsync driver's own; the rest asks what the fs driver's check asks.
 ASKED = {
-    *("ALL-03", "DS-01", "DS-13", "DS-16", "DS-20", "DS-30", "DS-31", "DS-34", "DS-40"),
+    *("ALL-03", "DS-01", "DS-13", "DS-20", "DS-31", "DS-40"),
 }
 DRIVER = Path(__file__).parents[3] / "drivers/datastore/rsync"
 
