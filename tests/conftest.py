@@ -6,6 +6,7 @@ In continuous integration, what cannot be tested is a failure and not a skip.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -25,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts pytest in the background ignores SIGINT in it, and all it starts inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--fault-table") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FaultTable())
 

@@ -33,7 +33,7 @@ from oned_backup.contract.url import parse_url
 from oned_backup.daemon.service import Service
 from oned_backup.disk.blocks import BlockDigests
 from oned_backup.disk.chain import ChainReader, Layer
-from oned_backup.disk.scrub import verify_file
+from oned_backup.disk.scrub import verify_blocks
 from oned_backup.errors import OnedBackupError
 from oned_backup.hypervisor import domain as domains
 from oned_backup.model.domain import rebuild_domain
@@ -168,7 +168,7 @@ def _blocks(data: bytes) -> None:
     """Damaged checksums of a good image: what is read must be what the image holds, or an error."""
     image = _images()[0]
     with _file(image) as path, _file(data) as blocks, suppress(OnedBackupError):
-        verify_file(path, blocks)
+        verify_blocks(path, blocks)
         with ChainReader([Layer(path=path, blocks=blocks, name="x")]) as chain:
             buffer = memoryview(bytearray(_CLUSTER))
             chain.read_into(0, buffer)

@@ -18,7 +18,7 @@ from oned_backup.contract.targets import NewDisk
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
 from oned_backup.disk.target import NbdExport, parse_target
-from oned_backup.errors import Conflict, InvalidInput, NoSpace, NotFound, PermissionDenied
+from oned_backup.errors import Conflict, NoSpace, NotFound, PermissionDenied
 from oned_backup.hypervisor.host import LocalHost
 from oned_backup.hypervisor.ssh_host import SshHost
 from oned_backup.model.host import new_host, with_paths
@@ -139,7 +139,7 @@ def test_what_was_placed_is_taken_back(task: Restoring) -> None:
 def test_places_that_cannot_be(task: Restoring, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for host in (task.host, LocalHost()):
-        with pytest.raises(InvalidInput, match="is not a directory"):
+        with pytest.raises(Conflict, match="is not a directory"):
             prepare(replace(task, host=host, directory=tmp_path / "file" / "x"), [], {"a": b""}, "raw")
         with pytest.raises((NotFound, PermissionDenied)):
             prepare(replace(task, host=host, directory=Path("/proc/x")), [], {"a": b""}, "raw")
