@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from lab import wait_for
 
+from oned_backup.store import OperationState, Store
 from tests.bench.instant import CALLS, instant_drivers
 from tests.faults.many import ManyVms
 
@@ -40,9 +41,10 @@ def test_a_full_queue_outlives_its_daemons(site: ManyVms) -> None:
     for end, left in ((site.product.kill, VMS - 20), (site.product.stop, VMS - 70)):
         wait_for("the middle of the queue", lambda left=left: 0 < site.open_operations() < left, 120)
         end()
+        with Store.open(site.product.state_dir / "oned-backup.sqlite") as store:
+            assert store.journal.count(OperationState.QUEUED) > 0, "it was not the middle"
         site.product.start()
         wait_for("recovery", lambda: site.open_operations() >= 0, RECOVERY_S)
-        assert site.open_operations() > 0, "it was not the middle"
     wait_for("end of the queue", lambda: site.open_operations() == 0, 240)
     site.assert_each_once(ids)
     stored = Counter((site.store / CALLS).read_text().split())

@@ -12,8 +12,8 @@ from pathlib import Path
 from oned_backup.errors import DriverBug, NotFound
 from oned_backup.runner.kit.bench import Bench, tree
 from oned_backup.runner.kit.called import Called
-from oned_backup.runner.kit.catalogue import Attempt, Chain
-from oned_backup.runner.kit.clause import Unmet, clause
+from oned_backup.runner.kit.catalogue import Attempt, Chain, Store
+from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.disturbances import cancel_after, cancel_at_state
 from oned_backup.runner.process import Cancellation, Limits
 
@@ -91,8 +91,7 @@ def cancel(bench: Bench) -> None:
     chain = bench.new_chain(store)
     finished = bench.must_backup(chain, bench.tiny)
     before = _names(store.own_path)
-    attempt = bench.plan(bench.new_chain(store), bench.points[0])
-    _killed_in_the_middle(bench, attempt)
+    attempt = _killed_in_the_middle(bench, store)
     for _ in range(2):
         _succeeds(bench.cancel_backup(attempt))
         bench.find(attempt).require(NotFound, "the answer about a cancelled backup")
@@ -230,16 +229,23 @@ def _ended(bench: Bench, attempt: Attempt, limits: Limits, trigger: Callable[[Ca
     return called
 
 
-def _killed_in_the_middle(bench: Bench, attempt: Attempt) -> None:
+def _killed_in_the_middle(bench: Bench, store: Store) -> Attempt:
+    """A backup that was killed before it was finished; earlier each time that the kill came too late."""
     limits = Limits(bench.settings.timeout_s, grace_s=0, stop_signal=signal.SIGKILL)
-    path = attempt.chain.store.own_path
-    usual_s = 0.0 if path else _timed_backup(bench, bench.new_chain(attempt.chain.store))
-    _ended(
-        bench,
-        attempt,
-        limits,
-        lambda c: cancel_at_state(c, path, 3) if path else cancel_after(c, usual_s * 0.7),
-    )
+    path = store.own_path
+    usual_s = 0.0 if path else _timed_backup(bench, bench.new_chain(store))
+    for number in (3, 2, 1):
+        attempt = bench.plan(bench.new_chain(store), bench.points[0])
+        trigger = (
+            partial(cancel_at_state, path=path, number=number)
+            if path
+            else partial(cancel_after, delay_s=usual_s * number / 4)
+        )
+        _ended(bench, attempt, limits, trigger)
+        if bench.find(attempt).exit_code != 0:
+            return attempt
+        _succeeds(bench.read("rm", attempt.supposed))
+    raise NotApplicable("each backup was finished before it could be killed")
 
 
 def _timed_backup(bench: Bench, chain: Chain) -> float:
