@@ -155,10 +155,14 @@ def _named(context: Context) -> Mapping[str, Any]:
     return {**facts, "going": {str(image.id): _going(context.services, image) for image in _images(context)}}
 
 
-def _images(context: Context) -> Iterable[Image]:
+def _images(context: Context) -> Iterator[Image]:
     """The images at hand, oldest first; those that have gone meanwhile are left out."""
-    known = {Image(entry.element).id for entry in context.services.store.find("image")}
-    return (context.services.image(image_id) for image_id in context.facts["image_ids"] if image_id in known)
+    for image_id in context.facts["image_ids"]:
+        try:
+            image = context.services.image(image_id)
+        except NotFound:
+            continue
+        yield image
 
 
 def _going(services: Services, image: Image) -> list[str]:
@@ -193,26 +197,31 @@ def _remove(context: Context) -> Mapping[str, Any]:
 
 
 def _forget(context: Context, tx: Transaction) -> None:
-    known = {Image(entry.element).id for entry in tx.find("image")}
     for image_id in context.facts["image_ids"]:
-        if image_id not in known:
+        try:
+            image = Image(tx.get("image", image_id).element)
+        except NotFound:
             continue
-        image = Image(tx.get("image", image_id).element)
-        rows = tx.backups(image_id=image_id)
-        removed = context.facts["removed"]
-        owed = {*(row.backup_id for row in rows), *to_remove(image)}  # more may have been noted meanwhile
-        gone = context.arguments.get("force") or owed <= set(removed)
-        if image.state != ImageState.DELETE or not gone:  # perhaps it was put out of use meanwhile
-            tx.change("image", image_id, lambda old: without_to_remove(Image(old), removed).element)  # noqa: B023
-            continue
-        for row in rows:
-            tx.forget_backup(row.backup_id)
-        tx.change(
-            "datastore",
-            image.datastore_id,
-            lambda element: without_image(Datastore(element), image_id).element,  # noqa: B023
-        )
-        tx.delete("image", image_id)
+        _forget_of(context, tx, image)
+
+
+def _forget_of(context: Context, tx: Transaction, image: Image) -> None:
+    """Forget of one image what was removed; the image too, if it is out of use and nothing of it is left."""
+    rows = tx.backups(image_id=image.id)
+    removed = context.facts["removed"]
+    owed = {*(row.backup_id for row in rows), *to_remove(image)}  # more may have been noted meanwhile
+    gone = context.arguments.get("force") or owed <= set(removed)
+    if image.state != ImageState.DELETE or not gone:  # perhaps it was put out of use meanwhile
+        tx.change("image", image.id, lambda old: without_to_remove(Image(old), removed).element)
+        return
+    for row in rows:
+        tx.forget_backup(row.backup_id)
+    tx.change(
+        "datastore",
+        image.datastore_id,
+        lambda element: without_image(Datastore(element), image.id).element,
+    )
+    tx.delete("image", image.id)
 
 
 def _result(context: Context) -> Mapping[str, Any]:
