@@ -11,10 +11,11 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import with_pin
 from oned_backup.model.vm import VmState
+from oned_backup.operations import prune as pruning
+from oned_backup.operations import scrub as scrubbing
 from oned_backup.operations.delete import refuse_pinned
 from oned_backup.operations.exclusion import datastore_lock, must_wait_for, retention_lock, vm_lock
 from oned_backup.operations.flatten import checked_run
-from oned_backup.operations.scrub import scrub_lock
 from oned_backup.store import Operation, OperationState
 
 
@@ -159,15 +160,17 @@ def import_store(service: Service, datastore_id: int) -> Operation:
 def prune(service: Service, datastore_id: int) -> Operation:
     """Queue the freeing of what a store does not need any more."""
     service.services.datastore(datastore_id)
-    arguments = {"datastore_id": datastore_id}
-    return service.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
+    operation = pruning.queue(service.services, datastore_id)
+    service.look()
+    return operation
 
 
 def scrub(service: Service, datastore_id: int) -> Operation:
     """Queue the reading of what is due to be proved, within the day's budget."""
     service.services.datastore(datastore_id)
-    arguments = {"datastore_id": datastore_id}
-    return service.submit("scrub", scrub_lock(datastore_id), arguments, datastore_id=datastore_id)
+    operation = scrubbing.queue(service.services, datastore_id)
+    service.look()
+    return operation
 
 
 def waits_for(service: Service, operation: Operation) -> Operation | None:

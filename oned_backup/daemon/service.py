@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 #: a worker looks at the queue at least so often
 _LOOK_S = 5.0
-#: how often it is looked whether a store is to be pruned or scrubbed
+#: how often it is looked whether a store is to be pruned or scrubbed, and the journal is shortened
 _UPKEEP_S = 600.0
 #: what the scrubber runs, and what the workers do
 _SCRUBS = frozenset({scrub.SCRUB.name})
@@ -141,8 +141,14 @@ class Service:
         operation = self.services.store.journal.enqueue(
             kind, lock, arguments, vm_id=vm_id, image_id=image_id, datastore_id=datastore_id
         )
-        self._look()
+        self.look()
         return operation
+
+    def look(self) -> None:
+        """Have the workers look at the queue: something may run that could not before."""
+        with self._work:
+            self._changes += 1
+            self._work.notify_all()
 
     def cancel(self, operation_id: str) -> Operation:
         """Ask for the end of an operation; it ends soon, when what it began is undone."""
@@ -169,12 +175,11 @@ class Service:
                 logger.warning("recovered %s: %s", named(self.services.store, operation), outcome(operation))
                 self.metrics.observe(operation)
                 self.board.changed(operation.id, ended=True)
-            self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
             self._sweep()
         except Exception:
             logger.exception("recovery")
         self.recovered.set()
-        self._look()
+        self.look()
 
     def _sweep(self) -> None:
         """Remove the lock files and private directories that a killed daemon left of ended operations."""
@@ -191,22 +196,31 @@ class Service:
                 path.unlink(missing_ok=True)
 
     def _upkeep(self) -> None:
-        """Queue what is due by itself, until the daemon stops."""
+        """Queue what is due by itself, and forget what ended long ago, until the daemon stops."""
         self.recovered.wait()
         while True:
             with self._work:
                 if self._stopping:
                     return
-            try:
-                for datastore_id in prune.due(self.services):
-                    arguments = {"datastore_id": datastore_id}
-                    self.submit("prune", f"prune:{datastore_id}", arguments, datastore_id=datastore_id)
-                for datastore_id in scrub.due(self.services):
-                    scrub.queue(self.services, datastore_id)
-                    self._look()
-            except OnedBackupError:
-                logger.exception("upkeep")
+            for work in (self._queue_prunes, self._queue_scrubs, self._shorten_journal):
+                try:
+                    work()
+                except Exception:
+                    logger.exception("upkeep")
             self._pause(_UPKEEP_S)
+
+    def _queue_prunes(self) -> None:
+        for datastore_id in prune.due(self.services):
+            prune.queue(self.services, datastore_id)
+            self.look()
+
+    def _queue_scrubs(self) -> None:
+        for datastore_id in scrub.due(self.services):
+            scrub.queue(self.services, datastore_id)
+            self.look()
+
+    def _shorten_journal(self) -> None:
+        self.services.store.journal.prune(time.time() - _KEEP_JOURNAL_S)
 
     def _pause(self, seconds: float) -> None:
         """Wait so long, or until the daemon stops."""
@@ -230,7 +244,7 @@ class Service:
                     self._claimed.pop(operation.id, None)
                     self._hosts[self._host_of(operation)] -= 1
                 self.board.changed(operation.id, ended=True)
-                self._look()
+                self.look()
 
     def _claim(self, kinds: frozenset[str]) -> Operation | None:
         """The next operation to run, waited for; None when the daemon stops."""
@@ -244,7 +258,7 @@ class Service:
                     try:
                         self._end_given_up()
                         operation = journal.claim(self._may_run, kinds=kinds)
-                    except OnedBackupError:
+                    except Exception:
                         logger.exception("the queue cannot be read")
                 if operation is not None:
                     self._hosts[self._host_of(operation)] += 1
@@ -323,15 +337,9 @@ class Service:
         logger.log(_LEVELS.get(level, logging.DEBUG), "%s: %s", name, line)
         self.board.log(operation_id, line, warning=level <= _WARNING)
 
-    def _look(self) -> None:
-        """Have the workers look at the queue: something may run that could not before."""
-        with self._work:
-            self._changes += 1
-            self._work.notify_all()
-
     def _look_again_at(self, when: float | None) -> None:
         """Have a worker look at the queue when an operation's wait is over."""
-        timer = threading.Timer(max((when or 0) - time.time(), 0), self._look)
+        timer = threading.Timer(max((when or 0) - time.time(), 0), self.look)
         timer.daemon = True
         timer.start()
 

@@ -57,6 +57,16 @@ def removal_lock(vm_id: int) -> str:
     return f"removal:{vm_id}"
 
 
+def prune_lock(datastore_id: int) -> str:
+    """The lock that lets one prune of a datastore run at a time."""
+    return f"prune:{datastore_id}"
+
+
+def scrub_lock(datastore_id: int) -> str:
+    """The lock that lets one scrub of a datastore run at a time."""
+    return f"scrub:{datastore_id}"
+
+
 def must_wait_for(operation: Operation, running: Iterable[Operation]) -> Operation | None:
     """The running operation, with another lock, that `operation` must not run beside; None: it may run."""
     excluded = _EXCLUDED.get(operation.kind, frozenset())

@@ -14,8 +14,10 @@ from oned_backup.errors import OnedBackupError, Unsupported
 from oned_backup.model.datastore import Datastore
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.exclusion import prune_lock
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
+from oned_backup.store import Operation
 
 
 def can_prune(services: Services, datastore: Datastore) -> bool:
@@ -34,12 +36,21 @@ def due(services: Services) -> list[int]:
     found = []
     for entry in services.store.find("datastore"):
         datastore = Datastore(entry.element)
+        if not can_prune(services, datastore):
+            continue
         last = services.store.journal.list(kind="prune", datastore_id=datastore.id, limit=1)
         began = last[0].queued_at if last else 0.0
         waiting = bool(last) and not last[0].state.is_final
-        if not waiting and services.clock() - began >= every_s and can_prune(services, datastore):
+        if not waiting and services.clock() - began >= every_s:
             found.append(datastore.id)
     return found
+
+
+def queue(services: Services, datastore_id: int) -> Operation:
+    """Queue the prune of a datastore."""
+    arguments = {"datastore_id": datastore_id}
+    journal = services.store.journal
+    return journal.enqueue("prune", prune_lock(datastore_id), arguments, datastore_id=datastore_id)
 
 
 def _prune(context: Context) -> Mapping[str, Any]:

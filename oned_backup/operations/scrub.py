@@ -31,6 +31,7 @@ from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import record_verified
 from oned_backup.operations.engine import Failure, OperationKind
+from oned_backup.operations.exclusion import scrub_lock
 from oned_backup.operations.services import Progress, Services
 from oned_backup.operations.steps import Step
 from oned_backup.operations.verify import read_again, told
@@ -45,11 +46,6 @@ _MOST_BYTES = 10 * _GB
 _PAUSE_S = 3600.0
 #: more scrubs than a datastore can have in a day
 _RECENT = 2000
-
-
-def scrub_lock(datastore_id: int) -> str:
-    """The lock that lets one scrub of a datastore run at a time."""
-    return f"scrub:{datastore_id}"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.store.database import Session
 from oned_backup.store.schema import operations, steps
 
+_PRUNED_AT_ONCE = 1000
 #: nobody waits longer: the clock was ahead when a time so far off was written
 _LONGEST_WAIT_S = 86_400.0
 
@@ -320,14 +321,16 @@ class Journal:
             return [_step(row) for row in connection.execute(_STEPS, {"this": operation_id})]
 
     def prune(self, ended_before: float) -> int:
-        """Forget operations that ended before that time, with their steps; how many."""
-        old = (operations.c.ended_at < ended_before) & operations.c.state.in_(
-            [state for state in OperationState if state.is_final]
-        )
+        """Forget operations that ended before that time, with their steps; how many.
+
+        It looks at the oldest `_PRUNED_AT_ONCE` alone, so that nobody waits long to write.
+        """
+        oldest = sa.select(operations).order_by(operations.c.sequence).limit(_PRUNED_AT_ONCE).subquery()
+        # Only what is final has an end.
+        ids = sa.select(oldest.c.id).where(oldest.c.ended_at < ended_before)
         with self._session.write() as connection:
-            ids = sa.select(operations.c.id).where(old)
             connection.execute(steps.delete().where(steps.c.operation_id.in_(ids)))
-            return connection.execute(operations.delete().where(old)).rowcount
+            return connection.execute(operations.delete().where(operations.c.id.in_(ids))).rowcount
 
     def count(self, state: OperationState) -> int:
         """How many operations are in that state."""

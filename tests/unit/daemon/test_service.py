@@ -191,3 +191,31 @@ def test_what_a_stop_interrupts_of_a_removal_is_queued_again(world: World, servi
     assert inside.wait(5)
     assert service.stop() is True
     assert kept == [("delete", OperationState.QUEUED), ("delete", OperationState.CANCELLED)]
+
+
+def test_what_nobody_foresaw_ends_no_thread(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = service.services.store.journal.claim
+    failed: set[str] = set()
+
+    def first_fails(*given: Any, **named: Any) -> Any:
+        thread = threading.current_thread().name
+        if thread not in failed:
+            failed.add(thread)
+            raise RuntimeError("unforeseen")
+        return claim(*given, **named)
+
+    def fails(_services: object) -> list[int]:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(service.services.store.journal, "claim", first_fails)
+    monkeypatch.setattr("oned_backup.operations.prune.due", fails)
+    monkeypatch.setattr("oned_backup.daemon.service._UPKEEP_S", 0.01)
+    monkeypatch.setattr("oned_backup.daemon.service._KEEP_JOURNAL_S", 0)
+    service.start()
+    until(lambda: len(failed) == service.settings.workers + 1)
+    done = requests.backup(service, 0)
+    # which only the upkeep does that comes after what has failed
+    until(lambda: done.id not in {operation.id for operation in service.services.store.journal.list()})
+    assert service.services.vm(0).backup_ids
