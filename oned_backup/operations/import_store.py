@@ -45,6 +45,8 @@ from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
 
 _MIB = 1024 * 1024
+#: the kinds of operations that change what lies in a store
+_CHANGING = frozenset({"backup", "delete", "cut", "retention", "flatten", "remove"})
 
 
 def _read(context: Context) -> Mapping[str, Any]:
@@ -121,14 +123,8 @@ def _changing(context: Context, tx: Transaction) -> set[str]:
 
     What a backup has published but not recorded, or a removal has removed, must not be imported.
     """
-    began = context.operation.started_at or 0.0
-    ids = {
-        other.vm_id
-        for other in tx.journal.list()
-        if other.kind in {"backup", "delete", "cut", "retention", "flatten", "remove"}
-        and other.started_at is not None
-        and (other.ended_at is None or other.ended_at >= began)
-    }
+    beside = tx.journal.overlapping(context.operation.started_at or 0.0, _CHANGING)
+    ids = {other.vm_id for other in beside}
     return {row["uuid"] for row in tx.rows("vm") if row["id"] in ids}
 
 

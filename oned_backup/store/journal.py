@@ -310,6 +310,16 @@ class Journal:
         """The RUNNING operations, oldest first: after a start, those whose daemon died."""
         return self.list(state=OperationState.RUNNING)[::-1]
 
+    def overlapping(self, since: float, kinds: Iterable[str]) -> list[Operation]:
+        """The operations of these kinds that ran at that time, or were begun later."""
+        query = sa.select(operations).where(
+            operations.c.kind.in_(sorted(kinds)),
+            operations.c.started_at.is_not(None),
+            operations.c.ended_at.is_(None) | (operations.c.ended_at >= since),
+        )
+        with self._session.read() as connection:
+            return [_operation(row) for row in connection.execute(query)]
+
     def get(self, operation_id: str) -> Operation:
         """The operation; `NotFound` if there is none."""
         with self._session.read() as connection:

@@ -140,6 +140,24 @@ def test_lists_are_newest_first_and_old_ones_are_forgotten(path):
         assert store.journal.steps(ids[0]) == []
 
 
+def test_what_ran_at_a_time_or_later(path):
+    ticks = itertools.count(1)
+    with Store.open(path, now=lambda: float(next(ticks))) as store:
+        before, across, after, _queued = (enqueue(store, f"vm:{n}").id for n in range(4))
+        other_kind = store.journal.enqueue("verify", "vm:9", {}).id
+        for _ in range(2):
+            store.journal.claim(kinds=frozenset({"backup"}))
+        store.journal.claim(kinds=frozenset({"verify"}))
+        ended = store.journal.finish(before, OperationState.DONE).ended_at
+        store.journal.finish(across, OperationState.DONE)
+        store.journal.claim()
+        found = {operation.id for operation in store.journal.overlapping(ended + 0.5, {"backup"})}
+        assert found == {across, after}
+        kinds = {"backup", "verify"}
+        found = {operation.id for operation in store.journal.overlapping(ended, kinds)}
+        assert found == {before, across, after, other_kind}
+
+
 def test_threads_never_run_one_lock_twice(store):
     for number in range(60):
         enqueue(store, f"vm:{number % 5}", number=number)
