@@ -62,7 +62,12 @@ class _Termination:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self._armed and not self.signal:
             self.signal = number
-            raise Cancelled(f"ended by {signal.Signals(number).name}")
+            self.raise_if_received()
+
+    def raise_if_received(self) -> None:
+        """`Cancelled` if a signal came and whoever it interrupted went on: half-done is not done."""
+        if self.signal:
+            raise Cancelled(f"ended by {signal.Signals(self.signal).name}")
 
     def disarm(self) -> None:
         """Too late to cancel: the answer is about to be given."""
@@ -119,11 +124,11 @@ def _run(
         if spec != str(SPEC_VERSION):
             raise Unsupported(f"the daemon speaks version {spec} of the contract, not {SPEC_VERSION}")
         failpoints.enter(f"{Path(sys.argv[0]).absolute().parent.name}.{action}")
+        termination.raise_if_received()
         failpoints.reach("begun")
         answer = driver.perform(call)
         failpoints.reach("acted")
-        if termination.signal:  # the action swallowed it: half-done is not done
-            raise Cancelled("ended by a signal")
+        termination.raise_if_received()
         termination.disarm()
         _print(stdout, answer)
     except BaseException as caught:  # noqa: BLE001 - the one place that catches everything

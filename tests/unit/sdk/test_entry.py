@@ -149,6 +149,14 @@ def test_a_signal_that_the_driver_swallows_is_still_no_success(driver):
     assert (done.code, done.stdout) == (143, "")
 
 
+def test_a_signal_that_came_while_the_driver_warmed_up_ends_it_before_it_begins(driver):
+    script = driver("raise AssertionError('it began')")
+    warm_up = "D.warm_up = lambda *_: os.kill(os.getpid(), 15)\nsdk.main"
+    script.path.write_text(script.path.read_text().replace("sdk.main", warm_up))
+    done = script.run(b"13\nODB_SPEC=1\0A=b", env={"ODB_AHEAD": "1"})
+    assert (done.code, done.message) == (143, "ended by SIGTERM")
+
+
 def test_a_thread_that_hangs_does_not_hold_the_process(driver):
     done = driver(
         f"import threading; threading.Thread(target=time.sleep, args=(3600,)).start()\n{RETURN}"
