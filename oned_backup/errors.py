@@ -29,6 +29,15 @@ class OnedBackupError(Exception):
         self.message = " ".join(message.split())
         self.hint = hint
 
+    def to_json(self) -> dict[str, str | int]:
+        """As the journal keeps it and the API tells it."""
+        return {
+            "code": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint or "",
+            "exit_code": self.exit_code,
+        }
+
 
 class DriverFailed(OnedBackupError):
     """A driver failed without saying more; also death by a signal."""

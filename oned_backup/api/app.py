@@ -94,16 +94,6 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def error_body(error: OnedBackupError) -> dict[str, Any]:
-    """An error as the API tells it."""
-    return {
-        "code": type(error).__name__,
-        "message": error.message,
-        "hint": error.hint or "",
-        "exit_code": error.exit_code,
-    }
-
-
 def _path(request: Request) -> str:
     """The path for messages and the log, whatever bytes it is made of."""
     return quote(str(request.scope["path"])[:200], errors="replace")
@@ -113,30 +103,29 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OnedBackupError)
     def known(_request: Request, error: OnedBackupError) -> JSONResponse:
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-        return JSONResponse(error_body(error), status)
+        return JSONResponse(error.to_json(), status)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return JSONResponse(error_body(InvalidInput(f"{where}: {first['msg']}")), 400)
+        return JSONResponse(InvalidInput(f"{where}: {first['msg']}").to_json(), 400)
 
     @app.exception_handler(OverflowError)
     def too_large(_request: Request, _error: OverflowError) -> JSONResponse:
-        return JSONResponse(error_body(InvalidInput("a number is too large for an id")), 400)
+        return JSONResponse(InvalidInput("a number is too large for an id").to_json(), 400)
 
     @app.exception_handler(HTTPException)
     def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
         text = f"{request.method} {_path(request)}: {error.detail}"
-        return JSONResponse(error_body(NotFound(text)), error.status_code)
+        return JSONResponse(NotFound(text).to_json(), error.status_code)
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s", request.method, _path(request), exc_info=error)
         text = f"internal error: {type(error).__name__}"
-        return JSONResponse(
-            error_body(OnedBackupError(text, hint="The daemon's log has the traceback.")), 500
-        )
+        known = OnedBackupError(text, hint="The daemon's log has the traceback.")
+        return JSONResponse(known.to_json(), 500)
 
 
 def _add_general(app: FastAPI, service: Service) -> None:
@@ -194,7 +183,7 @@ def _add_hosts(app: FastAPI, service: Service) -> None:
         try:
             found = list(inventory.look_at_host(services, host_id))
         except (Unavailable, Busy) as trouble:
-            error = error_body(trouble)
+            error = trouble.to_json()
         known = {row["uuid"]: row["id"] for row in services.store.rows("vm")}
         domains = [
             {"name": one.name, "uuid": one.uuid, "state": one.state.value, "vm_id": known.get(one.uuid)}

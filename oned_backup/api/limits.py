@@ -5,6 +5,8 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from oned_backup.errors import InvalidInput
+
 
 class _TooLarge(Exception):
     """The body grew past the limit."""
@@ -48,5 +50,4 @@ class BodyLimit:
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
-    body = {"code": "InvalidInput", "message": message, "hint": "", "exit_code": 2}
-    await JSONResponse(body, status)(scope, receive, send)
+    await JSONResponse(InvalidInput(message).to_json(), status)(scope, receive, send)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from oned_backup.errors import Cancelled, InvalidInput, OnedBackupError
 from oned_backup.operations.services import Caller, Services
 from oned_backup.runner.ahead import Ahead
-from oned_backup.runner.run import Cancellation
+from oned_backup.runner.run import Cancellation, Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 #: (step, bytes done, bytes in all)
 Report = Callable[[str, int, int], None]
-#: (syslog level, line)
-Log = Callable[[int, str], None]
 
 
 def _nothing(*_: object) -> None:
@@ -143,15 +141,6 @@ class Context:
         return str(self.arguments.get(name) or default)
 
 
-def describe(error: BaseException) -> str:
+def describe(error: OnedBackupError) -> str:
     """An error for the journal: JSON with its class, text, hint and exit code."""
-    known = isinstance(error, OnedBackupError)
-    return json.dumps(
-        {
-            "code": type(error).__name__,
-            "message": str(error) if known else f"{type(error).__name__}: {error}",
-            "hint": (error.hint or "") if isinstance(error, OnedBackupError) else "",
-            "exit_code": error.exit_code if isinstance(error, OnedBackupError) else OnedBackupError.exit_code,
-        },
-        ensure_ascii=False,
-    )
+    return json.dumps(error.to_json(), ensure_ascii=False)

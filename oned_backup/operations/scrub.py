@@ -32,9 +32,10 @@ from oned_backup.operations.context import Context
 from oned_backup.operations.damage import record_verified
 from oned_backup.operations.engine import Failure, OperationKind
 from oned_backup.operations.exclusion import scrub_lock
-from oned_backup.operations.services import Progress, Services
+from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
 from oned_backup.operations.verify import read_again, told
+from oned_backup.runner.run import Progress
 from oned_backup.store import Backup, Operation, OperationState, Transaction
 
 _GB = 10**9

@@ -27,20 +27,15 @@ from oned_backup.model.image import Image
 from oned_backup.model.vm import Vm
 from oned_backup.runner.ahead import Ahead, start_ahead
 from oned_backup.runner.drivers import Driver, find_driver
-from oned_backup.runner.run import Cancellation, Invocation, Limits, run_action
+from oned_backup.runner.run import Cancellation, Invocation, Limits, Log, Progress, run_action
 from oned_backup.ssh.command import CONFIG_VARIABLE
 from oned_backup.ssh.config_file import config_text, write_config, write_shared
 from oned_backup.store import SecretBox, Store
 
-#: (done, total) in bytes
-Progress = Callable[[int, int], None]
 #: begins the ids of calls outside any operation
 QUERY_PREFIX = "query-"
 #: option for a driver: none was called with this backup id before
 NEW_ID: Mapping[str, str] = {"NEW_ID": "YES"}
-
-#: (syslog level, line)
-Log = Callable[[int, str], None]
 
 
 class RunAction(Protocol):

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from oned_backup.operations.context import Context
-from oned_backup.operations.services import Caller, Progress
-from oned_backup.runner.run import Cancellation
+from oned_backup.operations.services import Caller
+from oned_backup.runner.run import Cancellation, Progress
 
 Result = TypeVar("Result")
 

@@ -28,7 +28,9 @@ _PROGRESS = re.compile(r"PROGRESS ([0-9]{1,18}) ([0-9]{1,18})\s*")
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160), 0x2028, 0x2029), "\N{REPLACEMENT CHARACTER}")
 _CONTROL[ord("\t")] = " "
 
+#: (syslog level, line)
 Log = Callable[[int, str], None]
+#: (done, total) in bytes
 Progress = Callable[[int, int], None]
 
 
