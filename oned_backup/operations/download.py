@@ -8,6 +8,7 @@ transfer manager prepares, places and cleans as it does for a restore.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -192,7 +193,9 @@ def _open_fifo(context: Context, path: str) -> int:
     while time.monotonic() < deadline:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:  # ENXIO: nobody reads yet
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # which says that nobody reads yet
+                raise Unavailable(f"{path}: {error.strerror}") from error
             if context.cancellation.wait(0.05):
                 raise Cancelled("download was cancelled") from None
             continue
