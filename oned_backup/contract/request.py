@@ -104,13 +104,12 @@ class Request:
         kinds = {kind.request_tag: kind for kind in Kind}
         if root.tag not in kinds:
             raise InvalidInput(f"request: root element {root.tag} is none of {', '.join(kinds)}")
-        outcome = xmldoc.text(root, "OPERATION/OUTCOME")
         template = root.find("TEMPLATE")
         return cls(
             kind=kinds[root.tag],
             operation_id=checked_name(xmldoc.text(root, "OPERATION/ID"), "OPERATION/ID"),
             operation_kind=xmldoc.text(root, "OPERATION/KIND"),
-            outcome=Outcome(outcome) if outcome else None,
+            outcome=_outcome(root),
             backup=_backup_from_xml(root.find("BACKUP")),
             host=root.find("HOST"),
             vm=root.find("VM"),
@@ -120,6 +119,14 @@ class Request:
             parent=_exports(root.find("PARENT/EXPORTS")),
             options={} if template is None else {str(o.tag): o.text or "" for o in template},
         )
+
+
+def _outcome(root: xmldoc.Element) -> Outcome | None:
+    text = xmldoc.text(root, "OPERATION/OUTCOME")
+    try:
+        return Outcome(text) if text else None
+    except ValueError as error:
+        raise InvalidInput(f"OPERATION/OUTCOME: {error}") from error
 
 
 def _exports(element: xmldoc.Element | None) -> Exports | None:
