@@ -60,16 +60,16 @@ class Database:
         """Open, create or migrate the file `path`; see `open_database`."""
         self.now = now
         self.path = path
+        self._engine = _engine(path)
         self._lock_fd = _claim_file(path)
         self._writing = threading.Lock()
         self._writer: int | None = None
         self._log = CommitLog(path)
         try:
-            self._engine = _engine(path)
             with translated(path), self._begun("BEGIN IMMEDIATE") as connection:
                 upgrade(connection)
         except BaseException:
-            os.close(self._lock_fd)
+            self.close()
             raise
 
     @contextmanager
