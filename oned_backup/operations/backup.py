@@ -152,7 +152,7 @@ def _decide(
     now = services.clock()
     backup_id = new_backup_id(now)
     parent = last_good_parent(vm.config, {image.id: image for image in images})
-    tracked = chain.full_reason is None or chain.full_reason.value != "full-mode"
+    tracked = chain.full_reason is not Reason.FULL_MODE
     return BackupPlan(
         vm_id=vm.id,
         live=live,

@@ -178,8 +178,7 @@ class _Walk:
             return Event.ERROR
         if number is not None:
             self._end(number, StepState.DONE)
-        if step.name in self.numbers:
-            self._end(self.numbers[step.name], StepState.UNDONE)
+        self._end(self.numbers[step.name], StepState.UNDONE)
         self._reach(f"undo-{step.name}", "ended")
         return Event.OK
 
