@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,7 +42,7 @@ class DomainDisk:
     """A disk as libvirt has it. `backing`: the files below the top one, empty where not known.
 
     `backing_ends`: there are no others below, whatever the images say. `special`: what of it only
-    libvirt knows how to open.
+    libvirt knows how to open. `shareable`: other domains may have it, too.
     """
 
     target: str
@@ -52,6 +53,7 @@ class DomainDisk:
     backing: tuple[str, ...] = ()
     backing_ends: bool = False
     special: str = ""
+    shareable: bool = False
 
 
 class Domain:
@@ -107,6 +109,18 @@ def find_domain(connection: Any, uuid: str, name: str) -> Domain:
         raise NotFound(f"domain {name or uuid} is not defined on the host") from error
 
 
+def others_with(domain: Domain, source: str) -> list[str]:
+    """The names of the other domains that run on the same host with a disk of that source."""
+    with libvirt_errors("list of domains"):
+        handles = domain.handle.connect().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+    found = []
+    for other in map(Domain, handles):
+        with contextlib.suppress(NotFound):  # it has ended since
+            if other.uuid != domain.uuid and source in {disk.source for disk in disks(other.xml())}:
+                found.append(other.name)
+    return found
+
+
 def disks(xml: xmldoc.Element) -> tuple[DomainDisk, ...]:
     """All disks in a domain's XML, in its order."""
     return tuple(_disk(element) for element in xml.iterfind("devices/disk"))
@@ -156,6 +170,7 @@ def _disk(element: xmldoc.Element) -> DomainDisk:
         backing=tuple(backing),
         backing_ends=ends,
         special=next((text for tag, text in _SPECIAL if element.find(f".//{tag}") is not None), ""),
+        shareable=element.find("shareable") is not None,
     )
 
 

@@ -1,6 +1,6 @@
 """A guest that cannot write while a backup begins, and afterwards can, whatever happens.
 
-    with frozen(host, domain, Mode.AGENT, timeout_s=10, note=directory / NOTE, guarded=…) as window:
+    with frozen(host, domain, Mode.AGENT, timeout_s=10, directory=directory, guarded=…) as window:
         begin(…)
     window.method, window.milliseconds, window.warning
 
@@ -9,8 +9,9 @@ answer may freeze after we have given up. Should the block take longer than the 
 a watchdog thaws the guest in the middle of it. If the thaw is not answered, or this
 process is killed or hangs, another one lets the guest go on (see `guardian`). If the agent is absent
 or hangs, the backup goes on without a freeze and with a warning: an image as
-after a power cut is better than none. A guest that somebody else had paused stays
-paused.
+after a power cut is better than none. A guest that somebody else had paused or frozen
+stays so: that it may be us says a file in the operation's directory on the host, which is
+there before the guest stands and goes when it goes on.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from oned_backup.hypervisor.connection import libvirt_errors
 from oned_backup.hypervisor.domain import Domain, State
 from oned_backup.hypervisor.host import Host
 
-#: name of the file that says that we have suspended a guest
-NOTE = "suspended"
+#: names of the files that say that we have suspended a guest, or may have frozen it
+SUSPENDED = "suspended"
+FROZEN = "frozen"
 
 _THAW_ATTEMPTS = 3
 _THAW_TIMEOUT_S = 5.0
 #: over the limit of the freeze, before the guardian acts: ours is the one that is met
 _LATER_S = 5.0
+#: what QEMU's agent answers if the guest is frozen already, or if it must not freeze it: it has not
+_NOT_DONE = "has been disabled"
 
 
 class Mode(StrEnum):
@@ -72,12 +76,12 @@ class Guarded(Protocol):
 
 @contextlib.contextmanager
 def frozen(
-    host: Host, domain: Domain, mode: Mode, *, timeout_s: float, note: Path, guarded: Guarded
+    host: Host, domain: Domain, mode: Mode, *, timeout_s: float, directory: Path, guarded: Guarded
 ) -> Iterator[Window]:
     """Keep the guest from writing inside the block, as far as `mode` and its agent allow.
 
-    `note` is a file on the host, named `suspended`, that is there for as long as the guest is suspended
-    by us, so that `resume_if_noted` can help it should we die.
+    `directory`, on the host, is the operation's own: the notes lie there by which others can help the
+    guest should we die.
     """
     window = Window(mode)
     if mode is Mode.NONE:
@@ -92,12 +96,18 @@ def frozen(
             window.warning = "no freeze: the guest's agent is not connected"
             yield window
             return
-        with (
-            guarded(limit_s=timeout_s + _LATER_S) as goes_on,
-            _by_agent(domain, window, timeout_s, goes_on),
-        ):
-            yield window
+        note = directory / FROZEN
+        host.write_file(note, domain.uuid.encode())
+        with guarded(limit_s=timeout_s + _LATER_S) as told:
+
+            def goes_on() -> None:
+                told()
+                host.remove(note)
+
+            with _by_agent(domain, window, timeout_s, goes_on):
+                yield window
     else:
+        note = directory / SUSPENDED
         with (
             guarded(limit_s=timeout_s + _LATER_S, note=note) as goes_on,
             _by_suspending(host, domain, window, timeout_s=timeout_s, note=note, goes_on=goes_on),
@@ -117,14 +127,32 @@ def thaw(domain: Domain, *, timeout_s: float) -> int:
 def resume_if_noted(host: Host, domain: Domain, directory: Path) -> None:
     """Resume a guest that was suspended by one of ours, whose notes lie below `directory`, and that died."""
     for name in host.names(directory):
-        resume_by_note(host, domain, directory / name / NOTE)
+        resume_by_note(host, domain, directory / name / SUSPENDED)
 
 
 def resume_by_note(host: Host, domain: Domain, note: Path) -> None:
     """Resume a guest if `note` says that it was suspended by us; without it, the guest goes on already."""
-    if host.read_file(str(note), max_bytes=64) == domain.uuid.encode():
+    if _is_of(host, domain, note):
         _resume(domain)
         host.remove(note)
+
+
+def thaw_if_noted(host: Host, domain: Domain, directory: Path, *, timeout_s: float) -> None:
+    """Thaw a guest that one of ours, whose notes lie below `directory`, may have frozen before it died.
+
+    Without such a note nothing happens: whoever has frozen the guest needs it so. `AgentSilent` if the
+    agent does not answer; then the notes stay.
+    """
+    notes = [directory / name / FROZEN for name in host.names(directory)]
+    ours = [note for note in notes if _is_of(host, domain, note)]
+    if ours:
+        thaw(domain, timeout_s=timeout_s)
+    for note in ours:
+        host.remove(note)
+
+
+def _is_of(host: Host, domain: Domain, note: Path) -> bool:
+    return host.read_file(str(note), max_bytes=64) == domain.uuid.encode()
 
 
 def is_paused_by_io_error(domain: Domain) -> bool:
@@ -145,18 +173,20 @@ def _by_agent(
     domain: Domain, window: Window, timeout_s: float, goes_on: Callable[[], None]
 ) -> Iterator[None]:
     started = time.monotonic()
-    refused = False
+    refused = untouched = False
+    count = 0
     watchdog: threading.Timer | None = None
     try:
         try:
             with _bounded_agent(domain, timeout_s), libvirt_errors(f"freeze domain {domain.name}"):
-                domain.handle.fsFreeze()
+                count = int(domain.handle.fsFreeze())
             window.method = Mode.AGENT
         except Cancelled:
             raise
         except OnedBackupError as error:
-            refused = True
-            window.warning = f"no freeze: {error.message}"
+            refused, untouched = True, _NOT_DONE in error.message
+            stays = "somebody else has frozen the guest, or it must not be: it stays as it is: "
+            window.warning = f"no freeze: {stays if untouched else ''}{error.message}"
         else:
             left_s = timeout_s - (time.monotonic() - started)
             watchdog = threading.Timer(max(left_s, 0.0), _thaw_late, [domain, window, timeout_s])
@@ -168,7 +198,10 @@ def _by_agent(
         if watchdog:
             watchdog.cancel()
             watchdog.join()
-        _thaw_for_certain(domain, window, refused=refused, timeout_s=timeout_s, goes_on=goes_on)
+        if untouched:
+            goes_on()
+        else:
+            _thaw_for_certain(domain, window, count, refused=refused, timeout_s=timeout_s, goes_on=goes_on)
         if not refused:
             window.milliseconds = round((time.monotonic() - started) * 1000)
 
@@ -207,13 +240,25 @@ def _resume(domain: Domain) -> None:
 
 
 def _thaw_for_certain(
-    domain: Domain, window: Window, *, refused: bool, timeout_s: float, goes_on: Callable[[], None]
+    domain: Domain,
+    window: Window,
+    count: int,
+    *,
+    refused: bool,
+    timeout_s: float,
+    goes_on: Callable[[], None],
 ) -> None:
-    """Thaw; `Unavailable` if a guest that was frozen may still be."""
-    for _ in range(1 if refused else _THAW_ATTEMPTS):
+    """Thaw the `count` file systems; `Unavailable` if a guest that was frozen may still be.
+
+    If none is frozen any more when it is first asked, somebody else has thawed it before the time.
+    """
+    for attempt in range(1 if refused else _THAW_ATTEMPTS):
         failure: OnedBackupError | None = None
         try:
-            thaw(domain, timeout_s=min(timeout_s, _THAW_TIMEOUT_S))
+            thawed = thaw(domain, timeout_s=min(timeout_s, _THAW_TIMEOUT_S))
+            if count and not thawed and not attempt and window.method is Mode.AGENT:
+                window.method = Mode.NONE
+                window.warning = "somebody else has thawed the guest, perhaps before the backup had begun"
         except OnedBackupError as error:
             failure = error
         if failure is None or not domain.is_active:

@@ -19,14 +19,31 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from oned_backup.errors import Unsupported
+from oned_backup.hypervisor import freeze
+from oned_backup.hypervisor.connection import AgentSilent
+from oned_backup.hypervisor.domain import Domain
+from oned_backup.hypervisor.host import Host
+
+_THAW_TIMEOUT_S = 5.0
 _THAWER = "oned_backup.hypervisor.thawer"
 #: a signal that is meant for a whole service must not take away the guest's last help
 _WAIT = """trap '' HUP INT TERM; timeout -s KILL "$0" grep -q . || exec "$@" """
 
 
-def repeat_thaw(uri: str, uuid: str) -> None:
-    """Begin to thaw a guest whose agent does not answer, and return; the process outlives us."""
-    _start(_thawer(uri, uuid, None), stdin=subprocess.DEVNULL)
+def thaw_if_noted(uri: str, host: Host, domain: Domain, directory: Path) -> str:
+    """`freeze.thaw_if_noted`; what to tell people if the agent cannot answer.
+
+    It may be at a freeze, and done with it only later: a process that outlives us repeats the thaw.
+    """
+    try:
+        freeze.thaw_if_noted(host, domain, directory, timeout_s=_THAW_TIMEOUT_S)
+    except AgentSilent as error:
+        _start(_thawer(uri, domain.uuid, None), stdin=subprocess.DEVNULL)
+        return f"{error.message}; the thaw is repeated until the agent answers"
+    except Unsupported as error:  # the domain has none
+        return error.message
+    return ""
 
 
 @contextlib.contextmanager

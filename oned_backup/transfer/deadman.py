@@ -4,7 +4,8 @@ It is started before the guest is frozen and ends when the operation's directory
 gone. It acts by `virsh`, on the host itself, where nothing of ours is installed, and
 only on what the operation has made:
 
-    frozen     there for as long as the guest is frozen or suspended by us; too long: it is thawed
+    frozen     there for as long as the guest is frozen by us; too long: it is thawed
+    suspended  the same of a guest that is suspended by us, which is resumed
     alive      touched by our watchman (see `guard`); too old: nobody is left who would end the job,
                so the job and the servers are ended, the operation's directory and scratch files removed
     scratch    half of the room is gone that our watchman keeps free: the job is aborted
@@ -14,9 +15,8 @@ A host without virsh is backed up all the same, with a warning.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from oned_backup.hypervisor.domain import Domain
@@ -24,8 +24,6 @@ from oned_backup.hypervisor.host import Host
 from oned_backup.ssh.libvirt_uri import parse_uri
 from oned_backup.transfer import guard
 from oned_backup.transfer.task import Task
-
-FROZEN = "frozen"
 
 #: over the limit of the freeze: ours is the one that is met
 _LATER_S = 5
@@ -44,8 +42,7 @@ _OF_BACKUP = """\
 dir=$1 uuid=$2 uri=$3 prefix=$4 freeze=$5 lost=$6 room=$7; shift 7
 ask() { timeout 20 virsh -q -c "$uri" "$@"; }
 go_on() {
-  rm -f "$dir/frozen"
-  ask domfsthaw "$uuid"
+  if [ -e "$dir/frozen" ]; then rm -f "$dir/frozen"; ask domfsthaw "$uuid"; fi
   if [ -e "$dir/suspended" ] && ask resume "$uuid"; then rm -f "$dir/suspended"; fi
 }
 abort() {
@@ -62,7 +59,7 @@ full() {
 }
 n=0
 while [ -d "$dir" ]; do
-  if [ -e "$dir/frozen" ]; then n=$((n + 1)); else n=0; fi
+  if [ -e "$dir/frozen" ] || [ -e "$dir/suspended" ]; then n=$((n + 1)); else n=0; fi
   if [ "$n" -gt "$freeze" ]; then go_on; fi
   if full "$@"; then abort; fi
   if is_lost; then
@@ -133,17 +130,3 @@ def start_for_servers(host: Host, directory: Path, work: Path, *, lost_s: float 
     host.write_file(directory / guard.ALIVE, b"")
     places = [str(directory), str(work), str(math.ceil(lost_s))]
     host.run(["setsid", "-f", "sh", "-c", _COMMON + _OF_RESTORE, "sh", *places])
-
-
-@contextlib.contextmanager
-def watched(task: Task) -> Iterator[None]:
-    """The guest may be frozen inside the block, on another machine, and not for long if we die."""
-    if not task.host.machine:
-        yield
-        return
-    note = task.operation_dir / FROZEN
-    task.host.write_file(note, b"")
-    try:
-        yield
-    finally:
-        task.host.remove(note)

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
-from oned_backup.errors import Busy, DriverFailed
+from oned_backup.errors import Busy, Conflict, DriverFailed
 from oned_backup.hypervisor import backup_job, checkpoints, freeze, guardian, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
-from oned_backup.hypervisor.domain import Domain, find_domain
+from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
 from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import Current, Decision, Tracking, decide, refused
@@ -43,6 +43,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     xml = domain.xml()
     present = domains.disks(xml)
     selection = disk_set.select(task, present)
+    _refuse_shared(domain, (found for _, found in selection.included))
     disks = [
         disk_set.current(task, disk, found, found.backing, domain.capacity_bytes(found.target))
         for disk, found in selection.included
@@ -66,18 +67,14 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
 
     unprotected = deadman.start(task, domain, folders)
     mode = freeze.Mode(task.vm.config.fs_freeze.value)
-    note = task.operation_dir / freeze.NOTE
-    with (
-        deadman.watched(task),
-        freeze.frozen(
-            task.host,
-            domain,
-            mode,
-            timeout_s=task.freeze_timeout_s,
-            note=note,
-            guarded=partial(guardian.on_guard, task.uri, domain.uuid),
-        ) as window,
-    ):
+    with freeze.frozen(
+        task.host,
+        domain,
+        mode,
+        timeout_s=task.freeze_timeout_s,
+        directory=task.operation_dir,
+        guarded=partial(guardian.on_guard, task.uri, domain.uuid),
+    ) as window:
         job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
 
     local_socket = task.host.forward(socket)
@@ -104,6 +101,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
 def _take_over(task: Task, domain: Domain) -> None:
     """Remove what an earlier attempt left; `Busy` if the domain has a backup job that is not ours."""
     freeze.resume_if_noted(task.host, domain, task.socket_dir)
+    guardian.thaw_if_noted(task.uri, task.host, domain, task.socket_dir)
     clean.end_job(task, domain)
     socket = backup_job.current_socket(domain)
     if socket is not None:
@@ -112,6 +110,16 @@ def _take_over(task: Task, domain: Domain) -> None:
     clean.remove_files(task, domains.disks(domain.xml()))
     if task.checkpoint:
         checkpoints.remove(domain, task.checkpoint)
+
+
+def _refuse_shared(domain: Domain, disks: Iterable[DomainDisk]) -> None:
+    """`Conflict` if a disk is in use by another domain: QEMU cannot keep what others overwrite."""
+    for disk in disks:
+        if disk.shareable and (others := domains.others_with(domain, disk.source)):
+            raise Conflict(
+                f"{disk.target} is shared with domain {others[0]}, which runs: it cannot be backed up now",
+                hint="Leave the disk out with DISK_IDS, or stop the other domain.",
+            )
 
 
 def _decisions(task: Task, domain: Domain, disks: Iterable[Current]) -> dict[str, Decision]:

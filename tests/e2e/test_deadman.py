@@ -54,7 +54,6 @@ def test_a_guest_that_stays_frozen_or_suspended_goes_on(guest: Guest, protect: C
     assert not (directory / "frozen").exists()
     guest.suspend()
     (directory / "suspended").touch()
-    (directory / "frozen").touch()
     wait_for("the guest to go on", lambda: not guest.is_paused(), 60)
     wait_for("the end of the note", lambda: not (directory / "suspended").exists(), 60)
 
@@ -63,10 +62,13 @@ def test_when_nobody_is_left_our_job_ends_and_all_goes(
     guest: Guest, protect: Callable[..., Path], short_dir: Path, tmp_path: Path
 ) -> None:
     begin_job(guest, short_dir / "other.sock", tmp_path / "other.scratch")
+    guest.agent("guest-fsfreeze-freeze")
     directory = protect(guest, tmp_path)
     os.utime(directory / "alive", (0, 0))
     wait_for("its end", lambda: not directory.exists(), 60)
     assert guest.has_backup_job()  # somebody else's
+    assert is_frozen(guest)
+    guest.agent("guest-fsfreeze-thaw")
     guest.domain.abortJob()
     wait_for("end of the other job", lambda: not guest.has_backup_job(), 30)
 

@@ -300,8 +300,65 @@ def test_hung_agent_costs_no_more_than_the_limit(guest: Guest, back_up: BackUp) 
     point = vm.backup(fs_freeze="AGENT", FREEZE_TIMEOUT_S="2")
     assert point.exports.freeze.method == "NONE"
     assert "no freeze" in point.exports.freeze.warning
-    # what it was told meanwhile, it does when it goes on: freeze, then thaw
-    vm.vmm("thaw", DOMAIN=guest.uuid)
+
+
+@pytest.mark.fault("guest", "frozen by somebody else")
+def test_guest_that_somebody_else_has_frozen_stays_frozen(
+    vm: BackedUpVm, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    vm.backup()
+    domain = vm.guest.domain
+    vm.guest.agent("guest-fsfreeze-freeze")
+    try:
+        point = vm.backup(fs_freeze="AGENT")
+        assert _is_frozen(vm.guest)
+        assert point.exports.freeze.method == "NONE"
+        record_property("observed", f"stays frozen; {point.exports.freeze.warning}")
+        # they begin a backup: ours fails, and what the daemon does then is nothing to them
+        socket = vm.socket_dir.parent / "theirs.sock"
+        theirs = [JobDisk("vda", tmp_path / "their.scratch")]
+        domain.backupBegin(job_xml(socket, theirs, ["vdb", "hdc", "vdd"]), None, 0)
+        with pytest.raises(Busy, match="somebody else"):
+            vm.backup(fs_freeze="AGENT")
+        for action in ("thaw", "abort_backup"):
+            vm.vmm(action, DOMAIN=vm.guest.uuid, SOCKET_DIR=str(vm.socket_dir))
+        assert _is_frozen(vm.guest)
+        assert vm.guest.has_backup_job()
+    finally:
+        vm.guest.agent("guest-fsfreeze-thaw")
+        if vm.guest.has_backup_job():
+            domain.abortJob()
+            wait_for("end of the foreign job", lambda: not vm.guest.has_backup_job())
+    assert vm.backup().reason("vda") == "increment"
+    vm.assert_restores("vda")
+
+
+def test_guest_that_a_dead_attempt_of_ours_has_frozen_is_thawed(vm: BackedUpVm) -> None:
+    note = vm.socket_dir / "op-00000000dead" / "frozen"
+    note.parent.mkdir(parents=True)
+    note.write_text("another guest")
+    vm.guest.agent("guest-fsfreeze-freeze")
+    try:
+        vm.vmm("thaw", DOMAIN=vm.guest.uuid, SOCKET_DIR=str(vm.socket_dir))
+        assert _is_frozen(vm.guest)
+        note.write_text(vm.guest.uuid)
+        vm.vmm("thaw", DOMAIN=vm.guest.uuid, SOCKET_DIR=str(vm.socket_dir))
+        assert not _is_frozen(vm.guest)
+        assert not note.exists()
+        vm.guest.agent("guest-fsfreeze-freeze")
+        note.write_text(vm.guest.uuid)  # and nobody has cleaned up before the next backup
+        backup = vm.next_backup()
+        lost = vm.directory / "lost"
+        lost.mkdir()
+        place = {"files": lost, "operation_id": "op-00000000beef"}
+        vm.tm("pre_backup_live", backup, **place)
+        assert not _is_frozen(vm.guest)
+        vm.tm("post_backup_live", backup, **place, outcome=Outcome.FAILURE)
+    finally:
+        note.unlink(missing_ok=True)
+        note.parent.rmdir()
+        vm.guest.agent("guest-fsfreeze-thaw")
+    vm.assert_nothing_left("op-00000000beef")
 
 
 @pytest.mark.fault("guest", "freeze longer than the limit")

@@ -15,7 +15,8 @@ import pytest
 from backed_up_vm import BackedUpVm, command
 from lab import Guest, LabDisk, Libvirtd
 
-from oned_backup.errors import Unsupported
+from oned_backup.errors import Conflict, Unsupported
+from oned_backup.model.backup_config import BackupConfig, Mode
 
 pytestmark = pytest.mark.guest
 
@@ -79,6 +80,48 @@ class Edited(Guest):
         """The domain's definition."""
         assert self._old in super().xml()
         return super().xml().replace(self._old, self._new)
+
+
+@pytest.fixture
+def sharing(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[list[Guest]]:
+    """Two domains with one shareable disk; the first one has a disk of its own, too."""
+    shared = made(tmp_path / "shared", disk_format="raw")
+
+    class Sharing(Guest):
+        def xml(self) -> str:
+            source = f'{shared.path}"/>'
+            return super().xml().replace(source, f"{source}<shareable/>")
+
+    guests: list[Guest] = []
+    for name, disks in (("alice", [shared, made(tmp_path / "own")]), ("bob", [shared])):
+        guests.append(Sharing(libvirtd, tmp_path, name, disks, boot="disk", agent=False))
+    yield guests
+    for guest in guests:
+        guest.destroy()
+
+
+@pytest.mark.fault("odd inputs", "shareable disk that another running VM has, too")
+def test_a_shared_disk_is_refused_before_the_freeze_while_others_use_it(
+    sharing: list[Guest], back_up: BackUp, record_property: Observed
+) -> None:
+    alice, bob = sharing
+    vm = back_up(alice)
+    alice.start()
+    alone = vm.backup()
+    assert (alone.reason("vda"), alone.reason("vdb")) == ("first-backup", "first-backup")
+    bob.start()
+    with pytest.raises(Conflict, match="vda is shared with domain bob, which runs") as refused:
+        vm.backup(fs_freeze="SUSPEND")
+    record_property("observed", f"{type(refused.value).__name__}: {refused.value}")
+    assert not alice.is_paused()
+    vm.assert_nothing_left("op-000000000001")
+    vm.config = BackupConfig(mode=Mode.INCREMENT, disk_ids=(1,))
+    assert vm.backup(fs_freeze="SUSPEND").reason("vdb") == "increment"
+    bob.end()
+    vm.config = BackupConfig(mode=Mode.INCREMENT)
+    assert vm.backup().reason("vdb") == "increment"
+    for target in ("vda", "vdb"):
+        vm.assert_restores(target)
 
 
 @pytest.fixture

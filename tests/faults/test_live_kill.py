@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -165,6 +165,21 @@ def test_a_freeze_that_hangs_is_ended_by_the_guardian(site: LiveSite) -> None:
     site.learn()
     site.assert_sound()
     assert site.backup_and_compare() == "INCREMENT"
+
+
+@pytest.mark.fault("guest", "thawed by somebody else inside our freeze")
+def test_a_freeze_that_somebody_else_ends_is_told_as_none(
+    site: LiveSite, record_property: Callable[[str, object], None]
+) -> None:
+    site.set(FS_FREEZE="AGENT")
+    operation_id, gate = site.held_backup("qcow2.pre_backup_live.freeze.frozen")
+    site.guest.agent("guest-fsfreeze-thaw")
+    gate.unlink()
+    freeze = site.done(operation_id)["freeze"]
+    assert freeze["method"] == "NONE"
+    record_property("observed", freeze["warning"])
+    site.learn()
+    site.assert_sound()
 
 
 @pytest.mark.fault("host", "hypervisor unreachable inside the freeze")

@@ -6,9 +6,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from oned_backup import failpoints, xmldoc
-from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unsupported
+from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError
 from oned_backup.hypervisor import backup_job, freeze, guardian
-from oned_backup.hypervisor.connection import AgentSilent, connected, libvirt_errors
+from oned_backup.hypervisor.connection import connected, libvirt_errors
 from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
 from oned_backup.hypervisor.host import Host as Machine
 from oned_backup.hypervisor.host import host_for
@@ -18,7 +18,6 @@ from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.transfer.companions import unpack_tpm
 from oned_backup.transfer.task import socket_dir_on, swtpm_dir_of
 
-_THAW_TIMEOUT_S = 5.0
 _MAX_TPM_BYTES = 64 << 20
 
 
@@ -88,26 +87,20 @@ class Kvm(Driver):
         return {"DEPLOY_ID": name}
 
     def thaw(self, call: Call) -> None:
-        """Thaw the guest, and resume it if an operation of ours had suspended it and died."""
+        """Thaw or resume the guest, if an operation of ours had frozen or suspended it and died."""
         with connected(_host(call).uri) as connection:
             domain = _domain(call, connection)
             if not domain.is_active:
                 return
-            socket_dir = call.option("SOCKET_DIR", "")
-            if socket_dir:
-                freeze.resume_if_noted(_machine(call), domain, _socket_dir(call, socket_dir))
+            socket_dir = _socket_dir(call, call.option("SOCKET_DIR"))
+            freeze.resume_if_noted(_machine(call), domain, socket_dir)
             if domain.state is not State.RUNNING:
                 call.warn(
                     f"domain {domain.name} is {domain.state.lower()}: its agent cannot be asked to thaw"
                 )
                 return
-            try:
-                freeze.thaw(domain, timeout_s=_THAW_TIMEOUT_S)
-            except AgentSilent as error:  # it may be at a freeze, and done with it only later
-                guardian.repeat_thaw(_host(call).uri, domain.uuid)
-                call.warn(f"{error.message}; the thaw is repeated until the agent answers")
-            except Unsupported as error:  # the domain has none
-                call.warn(error.message)
+            if warning := guardian.thaw_if_noted(_host(call).uri, _machine(call), domain, socket_dir):
+                call.warn(warning)
 
     def abort_backup(self, call: Call) -> None:
         """End the domain's backup job if it is ours; a guest that was stopped for want of scratch goes on."""

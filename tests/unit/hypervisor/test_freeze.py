@@ -63,7 +63,10 @@ class Handle:
         return [call for call in self.calls if not call.startswith("timeout")]
 
 
-NOTE = Path("/nonexistent/suspended")
+@pytest.fixture(autouse=True)
+def _operation_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notes lie where the test runs."""
+    monkeypatch.chdir(tmp_path)
 
 
 def by_agent(handle: Handle, *, timeout_s: float) -> AbstractContextManager[Window]:
@@ -80,7 +83,10 @@ def by_agent(handle: Handle, *, timeout_s: float) -> AbstractContextManager[Wind
             if not told.is_set():
                 handle.calls.append("guardian")
 
-    return frozen(LocalHost(), Domain(handle), Mode.AGENT, timeout_s=timeout_s, note=NOTE, guarded=guarded)
+    here = Path.cwd()
+    return frozen(
+        LocalHost(), Domain(handle), Mode.AGENT, timeout_s=timeout_s, directory=here, guarded=guarded
+    )
 
 
 def test_thaw_is_sent_also_when_the_freeze_was_not_answered() -> None:
