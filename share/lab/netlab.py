@@ -476,6 +476,8 @@ PidFile {directory}/sshd.pid
 AuthorizedKeysFile {key}.pub
 StrictModes no
 UsePAM no
+# the default of Debian's client costs a tenth of a second more for each connection
+KexAlgorithms curve25519-sha256
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
