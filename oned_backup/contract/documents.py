@@ -126,6 +126,11 @@ class VerifiedBackup:
     #: (file name, what is wrong with it)
     failures: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def failures_text(self) -> str:
+        """The failures on one line."""
+        return "; ".join(f"{name}: {text}" for name, text in self.failures)
+
 
 @dataclass(frozen=True)
 class VerifyReport:

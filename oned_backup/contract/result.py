@@ -14,6 +14,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.actions import Action
 from oned_backup.errors import DriverBug, InvalidInput
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _LINE = re.compile(r"([A-Z][A-Z0-9_]{0,63})=(.*)")
 
 
@@ -43,6 +44,13 @@ def format_result(values: Mapping[str, str | int | xmldoc.Element]) -> str:
             raise DriverBug(f"result {key}: not one line of text")
         lines.append(f"{key}={rendered}\n")
     return "".join(lines)
+
+
+def whole_number(result: Mapping[str, str], key: str) -> int:
+    """The number that `key` carries; `DriverBug` if it is none."""
+    if not _NUMBER.fullmatch(result[key]):
+        raise DriverBug(f"driver output: {key}={result[key][:40]} is not a whole number")
+    return int(result[key])
 
 
 def document(result: Mapping[str, str], key: str) -> xmldoc.Element:

@@ -128,16 +128,20 @@ class Manifest:
         """What the backup takes in the store, without the manifest itself."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def size_mb(self) -> int:
+        """The same in MB, rounded up."""
+        return -(-self.size_bytes >> 20)
+
 
 def dump_manifest(backup: Mapping[str, Any]) -> bytes:
     """The file's bytes for a `backup` object, sealed with its checksum."""
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "blake3": blake3(_canonical(backup)).hexdigest(),
-        "backup": backup,
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(_sealed(backup), indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def dump_on_one_line(backup: Mapping[str, Any]) -> str:
+    """The same document on one line, as the answers of drivers and the catalogue carry it."""
+    return json.dumps(_sealed(backup), separators=(",", ":"))
 
 
 def parse_manifest(data: bytes | str, *, what: str = FILE_NAME) -> Manifest:
@@ -223,6 +227,15 @@ def _count(value: Any, most: int = (1 << 63) - 1) -> int:
     if not 0 <= found <= most:
         raise ValueError(f"{found} is out of range")
     return found
+
+
+def _sealed(backup: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "blake3": blake3(_canonical(backup)).hexdigest(),
+        "backup": backup,
+    }
 
 
 def _canonical(value: object) -> bytes:

@@ -14,7 +14,6 @@ still be an increment of the parent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from oned_backup.contract.actions import Kind
 from oned_backup.contract.exports import BackupType, Exports, Reason
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.contract.request import Backup, Outcome, Request
-from oned_backup.contract.result import document
+from oned_backup.contract.result import document, whole_number
 from oned_backup.errors import (
     Busy,
     Cancelled,
@@ -43,7 +42,7 @@ from oned_backup.errors import (
 )
 from oned_backup.model.datastore import Datastore, disabled
 from oned_backup.model.image import Image
-from oned_backup.model.manifest import dump_manifest, parse_manifest
+from oned_backup.model.manifest import dump_on_one_line, parse_manifest
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import (
@@ -186,12 +185,6 @@ def _check_room(vm: Vm, plan: BackupPlan, images: list[Image], datastore: Datast
         )
 
 
-def _number(answer: Mapping[str, str], key: str) -> int:
-    if not answer[key].isdecimal():
-        raise DriverBug(f"{key}={answer[key][:40]} is not a whole number")
-    return int(answer[key])
-
-
 def _options(context: Context, plan: BackupPlan) -> dict[str, str]:
     settings = context.services.settings
     return {
@@ -277,7 +270,7 @@ def _store(context: Context) -> Mapping[str, Any]:
     if answer["BACKUP_ID"] != plan.backup_id:
         raise DriverBug(f"backup: BACKUP_ID is {answer['BACKUP_ID'][:64]}, not {plan.backup_id}")
     return {
-        "size_mb": _number(answer, "SIZE_MB"),
+        "size_mb": whole_number(answer, "SIZE_MB"),
         "format": answer["FORMAT"],
         "manifest": _manifest(answer, plan) or _manifest_without_files(context, vm, backup, exports),
     }
@@ -309,7 +302,7 @@ def _manifest_without_files(context: Context, vm: Vm, backup: Backup, exports: E
         vm=vm.element,
         options=_options(context, plan),
     )
-    return json.dumps(json.loads(dump_manifest(manifest_of(request, exports, ()))), separators=(",", ":"))
+    return dump_on_one_line(manifest_of(request, exports, ()))
 
 
 def _disable(context: Context, datastore_id: int, error: OnedBackupError) -> None:

@@ -53,18 +53,18 @@ def record_verified(
     rows = {
         row.backup_id: row for row in tx.backups(image_id=image_id) if row.state is not BackupState.REMOVING
     }
-    found = {report.backup_id: report.failures for report in reports if report.backup_id in rows}
+    found = {report.backup_id for report in reports if report.backup_id in rows}
     damaged = {
-        backup_id: "; ".join(f"{name}: {text}" for name, text in failures)
-        for backup_id, failures in found.items()
-        if failures
+        report.backup_id: report.failures_text
+        for report in reports
+        if report.failures and report.backup_id in found
     }
     broken, ends_chain = mark_broken(tx, image_id, damaged)
     if whole:
         manifests = [parse_manifest(row.manifest) for row in rows.values()]
         known_bad = {row.backup_id for row in rows.values() if row.state is BackupState.BROKEN}
-        still_bad = set(broken_with(sorted((known_bad - found.keys()) | damaged.keys()), manifests))
-        for backup_id in found.keys() - still_bad:
+        still_bad = set(broken_with(sorted((known_bad - found) | damaged.keys()), manifests))
+        for backup_id in found - still_bad:
             tx.mark_backup(backup_id, state=BackupState.GOOD, verified_at=now, failure="")
     return broken, ends_chain
 
@@ -89,6 +89,11 @@ def enter_absence(context: Context, image: Image) -> bool:
     return bool(broken)
 
 
+def note_closed_chain(context: Context) -> None:
+    """Tell that damage has ended the VM's active chain."""
+    context.note("the damaged chain is closed: the next backup starts a new one")
+
+
 def found_while_reading(context: Context, backup_id: str, text: str) -> None:
     """Enter damage that showed when a restore point was read for other reasons than to verify it.
 
@@ -106,4 +111,4 @@ def found_while_reading(context: Context, backup_id: str, text: str) -> None:
         tx.void_proofs(row.image_id)
     context.note(f"backup {backup_id} is marked as BROKEN; `oned-backup image verify` finds all damage")
     if ends_chain:
-        context.note("the damaged chain is closed: the next backup starts a new one")
+        note_closed_chain(context)

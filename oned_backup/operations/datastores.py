@@ -7,7 +7,8 @@ from typing import Any
 
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.driver_toml import DriverManifest
-from oned_backup.errors import Conflict, DriverBug, OnedBackupError
+from oned_backup.contract.result import whole_number
+from oned_backup.errors import Conflict, OnedBackupError
 from oned_backup.model.datastore import (
     Datastore,
     enabled,
@@ -73,6 +74,7 @@ def update_datastore(
     opened = {
         key: services.box.unseal(text, secret_context(datastore_id, key)) if key in sealed else text
         for key, text in old.parameters.items()
+        if not (key in sealed and key in values)  # what is replaced may be lost: the key file was
     }
     parameters = manifest.checked_parameters({**opened, **values})
     if old.image_ids and parameters.get("BASE_PATH", "") != old.base_path:
@@ -159,10 +161,4 @@ def free_mb(services: Services, datastore_id: int, caller: Caller) -> int:
 
 def _capacity(datastore: Datastore, caller: Caller) -> dict[str, int]:
     answer = caller.datastore("monitor", datastore)
-    return {key.lower(): _megabytes(answer, key) for key in ("TOTAL_MB", "USED_MB", "FREE_MB")}
-
-
-def _megabytes(answer: Mapping[str, str], key: str) -> int:
-    if not answer[key].isdecimal():
-        raise DriverBug(f"monitor: {key}={answer[key][:40]} is not a whole number")
-    return int(answer[key])
+    return {key.lower(): whole_number(answer, key) for key in ("TOTAL_MB", "USED_MB", "FREE_MB")}

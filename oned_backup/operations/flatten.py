@@ -15,16 +15,14 @@ Damage never gets into a merged backup: it is entered as `verify` would enter it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.documents import VerifyReport
 from oned_backup.contract.request import Backup
-from oned_backup.contract.result import document
+from oned_backup.contract.result import whole_number
 from oned_backup.errors import (
     Cancelled,
     Conflict,
@@ -37,19 +35,20 @@ from oned_backup.errors import (
 )
 from oned_backup.model.image import Image
 from oned_backup.model.increments import Increment
-from oned_backup.model.manifest import Manifest, dump_manifest, parse_manifest
+from oned_backup.model.manifest import Manifest, dump_on_one_line, parse_manifest
 from oned_backup.model.names import job_repository
-from oned_backup.model.pruning import pinned, run_of, with_merged
+from oned_backup.model.pruning import run_of, with_merged
 from oned_backup.model.retention import Merge
 from oned_backup.model.vm import Vm, with_config
 from oned_backup.operations import datastores, stored
 from oned_backup.operations.context import Context
-from oned_backup.operations.damage import mark_broken
-from oned_backup.operations.delete import queue_removal, removed_later
+from oned_backup.operations.damage import mark_broken, note_closed_chain
+from oned_backup.operations.delete import queue_removal, refuse_pinned, removed_later
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.retention import refuse_kept
 from oned_backup.operations.services import NEW_ID, new_backup_id
 from oned_backup.operations.steps import Step, Undo
+from oned_backup.operations.verify import read_again
 from oned_backup.store import Backup as RestorePoint
 from oned_backup.store import BackupState, OperationState, Transaction
 
@@ -131,12 +130,7 @@ def checked_run(
                 f"increment {increment.id} of image {image.id} is damaged: what is damaged is not merged",
                 hint="`oned-backup image verify` tells what is whole.",
             )
-    held = sorted(set(pinned(image)) & set(increment_ids[:-1]))
-    if held:
-        raise Conflict(
-            f"increment {held[0]} of image {image.id} is pinned",
-            hint=f"Unpin it with `oned-backup image unpin {image.id} --increment {held[0]}`.",
-        )
+    refuse_pinned(image, increment_ids[:-1])
     return run
 
 
@@ -196,11 +190,10 @@ def _merge(context: Context) -> Mapping[str, Any]:
         services.measured_at.pop(plan.datastore_id, None)  # what was measured is no longer true
     if answer["BACKUP_ID"] != plan.backup_id:
         raise DriverBug(f"{_ACTION}: BACKUP_ID is {answer['BACKUP_ID'][:64]}, not {plan.backup_id}")
-    if not answer["SIZE_MB"].isdecimal():
-        raise DriverBug(f"{_ACTION}: SIZE_MB={answer['SIZE_MB'][:40]} is not a whole number")
+    size_mb = whole_number(answer, "SIZE_MB")
     if f"{plan.increment_id}:{plan.backup_id}" not in answer["CHAIN"].split(","):
         raise DriverBug(f"{_ACTION}: CHAIN does not name {plan.backup_id}: {answer['CHAIN'][:200]}")
-    return {"size_mb": int(answer["SIZE_MB"]), "manifest": _told(answer, plan) or _untold(context, plan)}
+    return {"size_mb": size_mb, "manifest": _told(answer, plan) or _untold(context, plan)}
 
 
 def _told(answer: Mapping[str, str], plan: FlattenPlan) -> str:
@@ -241,7 +234,7 @@ def _untold(context: Context, plan: FlattenPlan) -> str:
         "replaces": [name for manifest in merged for name in (*manifest.replaces, manifest.id)],
         "stands_for": [*newest.stands_for, newest.id],
     }
-    return json.dumps(json.loads(dump_manifest(raw)), separators=(",", ":"))
+    return dump_on_one_line(raw)
 
 
 def _beginning(disk_id: int, merged: Sequence[Manifest]) -> Mapping[str, Any]:
@@ -263,12 +256,9 @@ def _enter_damage(context: Context, plan: FlattenPlan, damage: OnedBackupError) 
     image = context.services.image(plan.image_id)
     try:
         for backup_id in plan.merge_ids:
-            options = {"BACKUP_IDS": backup_id}
-            answer = stored.call_image(context.services, context.caller, "verify", image, options)
-            for backup in VerifyReport.from_xml(document(answer, "REPORT")).backups:
-                if backup.failures:
-                    found = "; ".join(f"{name}: {text}" for name, text in backup.failures)
-                    failures[backup.backup_id] = found
+            found = read_again(context.services, context.caller, image, backup_id, None)
+            if found.failures:
+                failures[backup_id] = found.failures_text
     except Cancelled:
         raise
     except OnedBackupError as error:
@@ -281,7 +271,7 @@ def _enter_damage(context: Context, plan: FlattenPlan, damage: OnedBackupError) 
         broken, ends_chain = mark_broken(tx, plan.image_id, failures)
     context.note(f"marked as BROKEN: {', '.join(broken)}")
     if ends_chain:
-        context.note("the damaged chain is closed: the next backup starts a new one")
+        note_closed_chain(context)
 
 
 def _discard(context: Context) -> None:

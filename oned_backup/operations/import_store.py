@@ -44,7 +44,6 @@ from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
 
-_MIB = 1024 * 1024
 #: the kinds of operations that change what lies in a store
 _CHANGING = frozenset({"backup", "delete", "cut", "retention", "flatten", "remove"})
 
@@ -190,7 +189,7 @@ def _create_image(tx: Transaction, datastore_id: int, vm: Vm, first: Manifest) -
                 name=image_name(vm.id, first.date, taken),
                 source=first.id,
                 date=first.date,
-                size_mb=_size_mb(first),
+                size_mb=first.size_mb,
                 disk_ids=[disk.disk_id for disk in first.disks],
                 increment=_increment(first, -1) if tracked else None,
                 selected_disks=any(
@@ -218,14 +217,10 @@ def _increment(manifest: Manifest, parent_id: int) -> Increment:
         id=manifest.increment_id,
         parent_id=parent_id,
         date=manifest.date,
-        size_mb=_size_mb(manifest),
+        size_mb=manifest.size_mb,
         source=manifest.id,
         type=IncrementType(manifest.type),
     )
-
-
-def _size_mb(manifest: Manifest) -> int:
-    return -(-manifest.size_bytes // _MIB)
 
 
 def _vm_of(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from oned_backup.contract.actions import Kind
+from oned_backup.contract.result import whole_number
 from oned_backup.errors import OnedBackupError, Unsupported
 from oned_backup.model.datastore import Datastore
 from oned_backup.operations.context import Context
@@ -62,7 +63,7 @@ def _prune(context: Context) -> Mapping[str, Any]:
         )
     answer = context.caller.datastore("prune", datastore)
     services.measured_at.pop(datastore.id, None)  # there may be more room now
-    return {"freed_mb": int(answer.get("FREED_MB", "0"))}
+    return {"freed_mb": whole_number(answer, "FREED_MB") if "FREED_MB" in answer else 0}
 
 
 def _result(context: Context) -> Mapping[str, Any]:

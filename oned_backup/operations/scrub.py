@@ -29,7 +29,7 @@ from oned_backup.errors import Cancelled, DataCorrupt, OnedBackupError, Unavaila
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations.context import Context
-from oned_backup.operations.damage import record_verified
+from oned_backup.operations.damage import note_closed_chain, record_verified
 from oned_backup.operations.engine import Failure, OperationKind
 from oned_backup.operations.exclusion import scrub_lock
 from oned_backup.operations.services import Services
@@ -265,7 +265,7 @@ def _judge(context: Context) -> None:
     if context.facts["unread"]:
         raise Unavailable(context.facts["unread"])
     if context.facts["ends_chain"]:
-        context.note("the damaged chain is closed: the next backup starts a new one")
+        note_closed_chain(context)
     broken = set(context.facts["broken"])
     for report in _report(context):
         if report.failures and report.backup_id in broken:

@@ -22,7 +22,7 @@ from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
-from oned_backup.operations.damage import record_verified
+from oned_backup.operations.damage import note_closed_chain, record_verified
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.services import Caller, Services
 from oned_backup.operations.steps import Step
@@ -96,7 +96,7 @@ def _judge(context: Context) -> None:
         for name, text in backup.failures
     ]
     if context.facts["ends_chain"]:
-        context.note("the damaged chain is closed: the next backup starts a new one")
+        note_closed_chain(context)
     if failures:
         backup_id, name, text = failures[0]
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""

@@ -14,7 +14,6 @@ result, which stands for it (see `model.manifest`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from oned_backup.contract.exports import BackupType
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput
-from oned_backup.model.manifest import Manifest, ManifestDisk, StoredFile, dump_manifest
+from oned_backup.model.manifest import Manifest, ManifestDisk, StoredFile, dump_on_one_line
 from oned_backup.model.names import checked_name
 from oned_backup.sdk import restore_points
 from oned_backup.sdk.files import BackupFile, BackupFiles
@@ -160,7 +159,7 @@ def flattened(call: Call, manifest: Manifest) -> Answer:
     ]
     return {
         "BACKUP_ID": manifest.id,
-        "SIZE_MB": -(-manifest.size_bytes >> 20),
+        "SIZE_MB": manifest.size_mb,
         "CHAIN": ",".join(chain),
-        "MANIFEST": json.dumps(json.loads(dump_manifest(manifest.raw)), separators=(",", ":")),
+        "MANIFEST": dump_on_one_line(manifest.raw),
     }

@@ -16,7 +16,6 @@ a directory. Those that write are the driver's own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, ClassVar
@@ -31,7 +30,7 @@ from oned_backup.errors import (
     Unavailable,
 )
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
-from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest
+from oned_backup.model.manifest import Manifest, StoredFile, dump_on_one_line
 from oned_backup.model.names import checked_name
 from oned_backup.sdk import restore_points
 from oned_backup.sdk.call import Answer, Call
@@ -76,7 +75,7 @@ class FolderStore(Driver):
         with self.open_vm(call, call.vm_id) as folder:
             backup_id = restore_points.wanted_backup(call)
             disks = restore_points.stored_disks(call, self.scheme, Manifests(folder), backup_id)
-        return {"SIZE_MB": sum(megabytes(disk.size_bytes) for disk in disks)}
+        return {"SIZE_MB": sum(-(-disk.size_bytes >> 20) for disk in disks)}
 
     def restore(self, call: Call) -> Answer:
         """Disks and documents of a restore point; the documents are checked here."""
@@ -200,7 +199,7 @@ def list_manifests(
             manifest = load(backup_id)
             if str(manifest.vm_id) != folder.path.name:
                 raise DataCorrupt(f"{folder.path / backup_id} is of VM {manifest.vm_id}")
-            manifests.append(one_line(manifest))
+            manifests.append(dump_on_one_line(manifest.raw))
         except DataCorrupt as error:
             unreadable.append((f"{where}/{backup_id}", error.message))
 
@@ -214,9 +213,9 @@ def stored_answer(manifest: Manifest) -> Answer:
     """What `backup` answers, also when it is asked again."""
     return {
         "BACKUP_ID": manifest.id,
-        "SIZE_MB": megabytes(manifest.size_bytes),
+        "SIZE_MB": manifest.size_mb,
         "FORMAT": "raw",  # OpenNebula's word for everything that is no RBD
-        "MANIFEST": one_line(manifest),
+        "MANIFEST": dump_on_one_line(manifest.raw),
     }
 
 
@@ -261,16 +260,6 @@ def merged_files(call: Call, folder: Folder) -> MergedFiles:
             return read_checked(stored, file)
 
     return MergedFiles(call, Manifests(folder), layer, small)
-
-
-def one_line(manifest: Manifest) -> str:
-    """The manifest as an answer carries it."""
-    return json.dumps(json.loads(dump_manifest(manifest.raw)), separators=(",", ":"))
-
-
-def megabytes(size_bytes: int) -> int:
-    """Rounded up."""
-    return -(-size_bytes >> 20)
 
 
 def _documents(call: Call, stored: Folder, manifest: Manifest) -> Iterator[tuple[str, bytes]]:

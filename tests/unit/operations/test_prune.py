@@ -33,6 +33,14 @@ def test_a_store_is_pruned_by_its_driver(world, restic):
     assert world.drivers.actions == ["prune"]
 
 
+@pytest.mark.parametrize("freed", ["many", "-1", "9" * 5000])
+def test_a_driver_that_frees_no_number_breaks_its_contract(world, restic, freed):
+    world.drivers.answers["prune"] = lambda _request: {"FREED_MB": freed}
+    ended = world.run("prune", datastore_id=restic)
+    assert ended.state == OperationState.FAILED
+    assert "DriverBug" in ended.error
+
+
 def test_a_store_whose_removals_free_space_at_once_has_nothing_to_prune(world):
     ended = world.run("prune", datastore_id=100)
     assert ended.state == OperationState.FAILED
