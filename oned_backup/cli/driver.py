@@ -87,10 +87,16 @@ def check(
     from oned_backup.runner.kit import ClauseResult, Status, check_driver  # noqa: PLC0415 - loads slowly
     from oned_backup.runner.kit.settings import read_secret  # noqa: PLC0415
 
+    told: dict[str, str] = {}
+
     def tell(result: ClauseResult) -> None:
         if not json:
-            detail = f": {result.detail}" if result.detail and result.status is not Status.PASSED else ""
-            output.say(f"{result.status.value:<8} {result.clause_id:<6} {result.title}{detail}")
+            detail = result.detail.removeprefix(f"{result.clause_id}: ")
+            first, _, more = detail.partition("\n")
+            if more and told.setdefault(first, result.clause_id) != result.clause_id:
+                detail = f"{first} (as in {told[first]})"
+            shown = f": {detail}" if detail else ""
+            output.say(f"{result.status.value:<8} {result.clause_id:<6} {result.title}{shown}")
 
     parameters = {
         name: read_secret(Path(value[1:])) if value.startswith("@") else value

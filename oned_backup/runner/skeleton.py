@@ -17,7 +17,11 @@ from oned_backup.errors import Conflict, InvalidInput
 
 _NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
 #: what an author begins with; optional actions can be added later
-_FIRST = {"verify", "pre_backup_live", "post_backup_live", "restore", "define", "thaw", "abort_backup"}
+_FIRST = {
+    "verify",
+    *("pre_backup_live", "post_backup_live", "pre_restore", "restore", "post_restore"),
+    *("define", "thaw", "abort_backup"),
+}
 
 #: what each action must do: a sentence, and what else there is to know
 _DUTIES = {
@@ -71,9 +75,17 @@ _DUTIES = {
         "Only the checkpoint that the option KEEP_CHECKPOINT names stays.",
     ),
     (Kind.TM, "post_backup_live"): ("As post_backup; the VM was running when the backup began.", ""),
+    (Kind.TM, "pre_restore"): (
+        "Make room for DISKS in DIRECTORY, and tell where each is to be downloaded.",
+        "4 if one of the names is taken, 73 if ROOM_BYTES are not free; nothing has its final name yet.",
+    ),
     (Kind.TM, "restore"): (
-        "Put the restored file PATH where it belongs, TARGET.",
-        "Durably, and without replacing what is there.",
+        "Give the files in the option NAMES their names in DIRECTORY.",
+        "All or none, durably, and without replacing what is there.",
+    ),
+    (Kind.TM, "post_restore"): (
+        "End what pre_restore began, whatever became of it.",
+        "Unless OUTCOME is SUCCESS, what restore has placed goes, too.",
     ),
     (Kind.VMM, "monitor"): ("The state of all domains of the host.", ""),
     (Kind.VMM, "dump_xml"): (
@@ -192,7 +204,7 @@ _HINTS = {
         "    for file in files: store(file.name, file.size_bytes, file.chunks())",
     ),
     "ls": ("restore_points.stored_disks(call, SCHEME, load_manifest, restore_points.wanted_backup(call))",),
-    "download": ("oned_backup.disk.restore.restore_chain(layers, target, format=…, progress=call.progress)",),
+    "download": ("write_disk(call, url, layers)  # sdk.download; a Layer is one stored file of the disk",),
     "rm": ("for backup_id in restore_points.meant_backups(call): …",),
 }
 

@@ -44,6 +44,16 @@ _WITHOUT_NUMBER: tuple[tuple[type[BaseException], OnedBackupError], ...] = (
     (MemoryError, DriverFailed("out of memory")),
     (TimeoutError, Unavailable("timed out")),
 )
+#: by name, because few drivers load these modules; the first that fits counts
+_OF_THE_NETWORK: tuple[tuple[str, type[OnedBackupError]], ...] = (
+    ("ssl.SSLCertVerificationError", PermissionDenied),
+    ("ssl.SSLError", Unavailable),
+    ("socket.gaierror", Unavailable),
+    ("http.client.HTTPException", Unavailable),
+)
+_HTTP_DENIED = {401, 403, 407}
+_HTTP_FULL = {413, 507}
+_HTTP_LATER = {408, 425, 429}
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,14 @@ def explain(error: BaseException, space: Space | None = None) -> OnedBackupError
         return _explain_full(error.message, space, quota=False)
     if isinstance(error, OnedBackupError):
         return error
+    found = _explain_network_error(error, space)
+    if found is not None:
+        return found
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_os_error(error, space)
-    for kind, found in _WITHOUT_NUMBER:
+    for kind, explained in _WITHOUT_NUMBER:
         if isinstance(error, kind):
-            return found
+            return explained
     return DriverBug(f"{type(error).__name__}: {error}")
 
 
@@ -99,6 +112,31 @@ def _explain_os_error(error: OSError, space: Space | None) -> OnedBackupError:
         if error.errno in numbers:
             return kind(text)
     return DriverBug(f"{type(error).__name__}: {text}")
+
+
+def _explain_network_error(error: BaseException, space: Space | None) -> OnedBackupError | None:
+    """What Python's modules for TLS, names and HTTP raise; the numbers of most are not the system's."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if "urllib.error.HTTPError" in kinds:
+        return _explain_http_status(getattr(error, "code", 0), str(error))
+    if "urllib.error.URLError" in kinds:
+        reason = getattr(error, "reason", None)
+        return explain(reason, space) if isinstance(reason, BaseException) else Unavailable(str(reason))
+    for name, kind in _OF_THE_NETWORK:
+        if name in kinds:
+            return kind(f"{type(error).__name__}: {error}")
+    if isinstance(error, ConnectionError) and error.errno is None:
+        return Unavailable(str(error) or "the connection broke")
+    return None
+
+
+def _explain_http_status(status: int, text: str) -> OnedBackupError:
+    """A status that the driver did not expect: 404 is no proof of absence when nobody asked for a thing."""
+    if status in _HTTP_DENIED:
+        return PermissionDenied(text)
+    if status in _HTTP_FULL:
+        return NoSpace(text, hint="Make room there.")
+    return Unavailable(text) if status in _HTTP_LATER or status >= 500 else DriverFailed(text)
 
 
 def _explain_full(text: str, space: Space | None, *, quota: bool) -> NoSpace:

@@ -12,7 +12,6 @@ import os
 import secrets
 import shlex
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -31,7 +30,7 @@ from oned_backup.runner.environment import Invocation, action_environment
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Attempt, Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
-from oned_backup.runner.kit.guest import MIB, Point, exported, make_points, raw_problem
+from oned_backup.runner.kit.guest import KIB, MIB, Point, exported, make_points, raw_problem
 from oned_backup.runner.kit.settings import Settings
 from oned_backup.runner.process import Cancellation, Ending, Limits, run_process, start_process
 from oned_backup.ssh.command import CONFIG_VARIABLE
@@ -51,9 +50,9 @@ class Bench:
         self.leaks: list[Called] = []
         self.chains: list[Chain] = []
         self.made_stores: list[Store] = []
+        self._unfinished: dict[str, Attempt] = {}
         self.ssh_environment = _ssh_environment(root / "ssh", settings.ssh_config)
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
         known = [one.name for one in driver.manifest.parameters.values() if one.secret]
         # of a store that gets some of them, the others are for stores of another kind
         wanted = [name for name in known if name in settings.parameters] or known
@@ -87,16 +86,28 @@ class Bench:
         if store.own_path is None:
             raise NotApplicable("the store is not the kit's own: nothing may be hidden or damaged in it")
         if sum(path.stat().st_size for path in store.own_path.rglob("*") if path.is_file()) < 4096:
-            raise NotApplicable("the driver does not keep its data in files below BASE_PATH")
+            raise NotApplicable(f"the driver does not keep its data in files below {store.own_path}")
         return store.own_path
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
         """Three points of a guest with two disks of odd sizes; the second disk restarts at the third."""
         size = 16 * MIB + 3 * 512
+        noise = self._noise(128 * KIB)
         first = (
-            ["write -P 17 0 1M", f"write -P 34 {5 * MIB + 1536} 300k", f"write -P 51 {size - 2048} 2048"],
-            ["write -z 64k 128k", "write -P 68 512k 64k", "write -P 85 9M 100k", "discard 5M 64k"],
+            [
+                "write -P 17 0 1M",
+                f"write -P 34 {5 * MIB + 1536} 300k",
+                f"write -s {noise} 12M 128k",
+                f"write -P 51 {size - 2048} 2048",
+            ],
+            [
+                f"write -s {noise} 13M 64k",
+                "write -z 64k 128k",
+                "write -P 68 512k 64k",
+                "write -P 85 9M 100k",
+                "discard 5M 64k",
+            ],
             ["write -P 102 70k 4k", f"write -P 119 {size - 512} 512", "write -P 136 512k 4k"],
         )
         second: tuple[list[str], ...] = (
@@ -114,11 +125,15 @@ class Bench:
     @cached_property
     def large(self) -> Point:
         """A guest with one disk of 24 MiB that no store can make smaller."""
-        noise = self.root / "noise"
-        noise.write_bytes(secrets.token_bytes(24 * MIB))
-        point = make_points(self.root / "large", [(24 * MIB, [[f"write -s {noise} 0 24M"]])])[0]
-        noise.unlink()
-        return point
+        noise = self._noise(24 * MIB)
+        return make_points(self.root / "large", [(24 * MIB, [[f"write -s {noise} 0 24M"]])])[0]
+
+    def _noise(self, size: int) -> Path:
+        """A file that no store can make smaller, so that there is something to damage in each."""
+        path = self.root / f"noise{size}"
+        if not path.exists():
+            path.write_bytes(secrets.token_bytes(size))
+        return path
 
     @cached_property
     def changing(self) -> tuple[Point, ...]:
@@ -221,6 +236,8 @@ class Bench:
                 on_start=on_start,
             )
         shutil.rmtree(directory)
+        if called.exit_code != 0:
+            self._unfinished[attempt.backup.id] = attempt
         return called
 
     def record(self, attempt: Attempt, called: Called) -> None:
@@ -282,6 +299,7 @@ class Bench:
 
     def cancel_backup(self, attempt: Attempt) -> Called:
         """Call `backup_cancel`."""
+        self._unfinished.pop(attempt.backup.id, None)
         request = self.request_for(attempt.chain.store, "backup_cancel", attempt=attempt)
         return self.call("backup_cancel", request)
 
@@ -375,7 +393,12 @@ class Bench:
         return called
 
     def clean_up(self) -> None:
-        """Remove what the check left in a store that is not its own."""
+        """Remove what the check left in a store that is not its own, also of backups that failed."""
+        for attempt in list(self._unfinished.values()):
+            if attempt.chain.store is self.__dict__.get("_given_store"):
+                with contextlib.suppress(Unmet):
+                    self.cancel_backup(attempt)
+                    self.read("rm", attempt.supposed, BACKUP_IDS=attempt.backup.id)
         for chain in self.chains:
             if chain.store.own_path is None and chain.increments:
                 with contextlib.suppress(Unmet):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from oned_backup.runner.kit.clause import NotApplicable
+from oned_backup.runner.kit.clause import NotApplicable, Unmet
 from oned_backup.runner.process import Cancellation
 
 
@@ -67,8 +67,15 @@ def filled_files(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def changed_byte(file: Path, share: float = 0.5) -> Iterator[None]:
-    """While inside, one byte of `file` is another one: that after a share of it, in the middle."""
-    with file.open("r+b") as opened:
+    """While inside, one byte of `file` is another one: that after a share of it, in the middle.
+
+    `Unmet` if the driver has removed it by then: what is damaged may be all that there is.
+    """
+    try:
+        opened = file.open("r+b")
+    except FileNotFoundError as error:
+        raise Unmet(f"{file} is gone: it was removed when another file was damaged") from error
+    with opened:
         place = int(file.stat().st_size * share)
         opened.seek(place)
         old = opened.read(1)
@@ -78,3 +85,5 @@ def changed_byte(file: Path, share: float = 0.5) -> Iterator[None]:
         yield
         opened.seek(place)
         opened.write(old)
+    if not file.exists():
+        raise Unmet(f"{file} is gone: it was removed because it was damaged")
