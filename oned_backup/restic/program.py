@@ -237,17 +237,15 @@ class Repository:
                 break
         raise error
 
-    def awaited(self) -> Iterator[int]:
+    def awaited(self) -> Iterator[None]:
         """Attempts at what a lock may prevent: those of dead clients are removed, others awaited."""
         until = time.monotonic() + _LOCK_WAIT_S
-        yield 1
+        yield
         self.run("unlock")  # restic removes what it can tell to be stale, and nothing else
-        yield 2
-        attempt = 2
+        yield
         while time.monotonic() < until:
             time.sleep(_LOCK_PAUSE_S)
-            attempt += 1
-            yield attempt
+            yield
 
     def error(self, done: Completed) -> OnedBackupError:
         """What a bad end means."""
@@ -313,7 +311,7 @@ def explain(location: Location, done: Completed) -> OnedBackupError:
             line.partition("subprocess ssh: ")[2] for line in text.splitlines() if "subprocess ssh: " in line
         ]
         error = ssh.failed(location.target, "\n".join(said).encode())
-        if isinstance(error, OnedBackupError) and _BANNER not in error.message:
+        if _BANNER not in error.message:
             return error
     if location.target and (_BANNER in text or (not heard and _UNHEARD.search(text))):  # ask ssh again
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from oned_backup.errors import InvalidInput, Misconfigured
 from oned_backup.restic.program import Location, Repository
 from oned_backup.restic.s3 import Bucket
 from oned_backup.sdk.call import Call
+from oned_backup.sdk.limits import Confined, confined
 from oned_backup.ssh.command import checked_target, ssh_argv
 
 PASSWORD = "RESTIC_PASSWORD"  # noqa: S105 - the parameter's name
@@ -72,31 +72,10 @@ class Settings:
             flags.append("--insecure-tls")
         return flags
 
-    def prefix(self) -> list[str]:
-        """The programs that restic runs under."""
-        prefix = []
-        properties = self._properties()
-        if properties and _has_systemd():
-            prefix += ["systemd-run", "--scope", "--quiet", "--collect", *properties, "--"]
-        if nice := self.parameters.get("RESTIC_NICE"):
-            prefix += ["nice", "-n", nice]
-        if ionice := self.parameters.get("RESTIC_IONICE"):
-            prefix += ["ionice", "-c", "2", "-n", ionice]
-        return prefix
-
-    def warnings(self) -> list[str]:
-        """What was asked for and cannot be had."""
-        found = []
-        if self._properties() and not _has_systemd():
-            found.append(
-                "RESTIC_CPU_QUOTA and RESTIC_MEMORY_MAX_MB cannot be enforced: there is no systemd here"
-            )
-        found += [
-            f"{name} has no effect: QEMU reads the disks, and the server writes them"
-            for name in ("RESTIC_MAX_RIOPS", "RESTIC_MAX_WIOPS")
-            if self.parameters.get(name)
-        ]
-        return found
+    @property
+    def confined(self) -> Confined:
+        """How restic is to run."""
+        return confined(self.parameters, "RESTIC")
 
     def prune_flags(self) -> list[str]:
         """How much a prune may leave and move."""
@@ -131,14 +110,6 @@ class Settings:
             environment["TMPDIR"] = path
         return environment
 
-    def _properties(self) -> list[str]:
-        found = []
-        if quota := self.parameters.get("RESTIC_CPU_QUOTA"):
-            found.append(f"--property=CPUQuota={quota.removesuffix('%')}%")
-        if memory := self.parameters.get("RESTIC_MEMORY_MAX_MB"):
-            found.append(f"--property=MemoryMax={memory}M")
-        return found
-
 
 def settings_of(call: Call) -> Settings:
     """The settings of the call's datastore; `Misconfigured` names what is missing or wrong."""
@@ -171,7 +142,7 @@ def repository(call: Call, settings: Settings, vm: str) -> Repository:
     return Repository(
         settings.location(vm),
         call.secret_path(PASSWORD),
-        prefix=settings.prefix(),
+        prefix=settings.confined.prefix,
         flags=settings.flags(),
         alive=lambda: call.log("restic is at work"),
     )
@@ -202,10 +173,6 @@ def _write_credentials(call: Call) -> None:
     text = f"[default]\naws_access_key_id = {key_id}\naws_secret_access_key = {key}\n"
     with open(path, "x", opener=lambda file, flags: os.open(file, flags, 0o600)) as file:
         file.write(text)
-
-
-def _has_systemd() -> bool:
-    return Path("/run/systemd/system").is_dir() and shutil.which("systemd-run") is not None
 
 
 def _yes(value: str | None) -> bool:

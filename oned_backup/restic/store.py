@@ -83,7 +83,7 @@ class Store:
         self.settings: Settings = settings_of(call)
         self.place = place_of(call, self.settings)
         self._told = time.monotonic()
-        for warning in self.settings.warnings():
+        for warning in self.settings.confined.warnings:
             call.warn(warning)
 
     def repository(self, vm_id: int | str) -> Repository:

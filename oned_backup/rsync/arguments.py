@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from oned_backup.errors import InvalidInput, Misconfigured
+from oned_backup.sdk.limits import Confined, confined
 from oned_backup.ssh.command import checked_target
 
 _FLAG = ""
@@ -89,15 +89,13 @@ REFUSED: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A datastore's parameters, checked. `options`: for rsync; `prefix`: what it runs under."""
+    """A datastore's parameters, checked. `options`: for rsync; `confined`: how it is to run."""
 
     user: str
     host: str
     base: str
     options: tuple[str, ...] = ()
-    prefix: tuple[str, ...] = ()
-    #: what was asked for and cannot be had here
-    warnings: tuple[str, ...] = ()
+    confined: Confined = field(default_factory=Confined)
 
     @property
     def target(self) -> str:
@@ -126,8 +124,7 @@ def settings_from(parameters: Mapping[str, str], base_path: Path) -> Settings:
     if limit := parameters.get("RSYNC_BWLIMIT", ""):
         options = [option for option in options if not option.startswith("--bwlimit=")]
         options.append(f"--bwlimit={limit}")
-    prefix, warnings = _prefix(parameters)
-    return Settings(user, host, base, tuple(options), tuple(prefix), tuple(warnings))
+    return Settings(user, host, base, tuple(options), confined(parameters, "RSYNC"))
 
 
 def parse_rsync_args(text: str) -> list[str]:
@@ -183,35 +180,3 @@ def _refusal(name: str) -> InvalidInput:
     return InvalidInput(
         f"RSYNC_ARGS: '{shown}' is refused: {why}", hint=f"Let through are {', '.join(sorted(PASSED))}."
     )
-
-
-def _prefix(parameters: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The programs that rsync runs under, and what they cannot do here."""
-    prefix: list[str] = []
-    warnings: list[str] = []
-    limits = _limits(parameters)
-    if limits and Path("/run/systemd/system").is_dir() and shutil.which("systemd-run"):
-        scope = ["systemd-run", "--scope", "--quiet", "--collect"]
-        prefix += [*scope, *(f"--property={limit}" for limit in limits), "--"]
-    elif limits:
-        names = " and ".join(limit.partition("=")[0] for limit in limits)
-        warnings.append(f"{names} cannot be enforced: this machine has no systemd")
-    warnings += [
-        f"{name} has no effect: QEMU reads the disks, and the server writes them"
-        for name in ("RSYNC_MAX_RIOPS", "RSYNC_MAX_WIOPS")
-        if parameters.get(name)
-    ]
-    if nice := parameters.get("RSYNC_NICE", ""):
-        prefix += ["nice", "-n", nice]
-    if ionice := parameters.get("RSYNC_IONICE", ""):
-        prefix += ["ionice", "-c", "2", "-n", ionice]
-    return prefix, warnings
-
-
-def _limits(parameters: Mapping[str, str]) -> Sequence[str]:
-    limits = []
-    if quota := parameters.get("RSYNC_CPU_QUOTA", ""):
-        limits.append(f"CPUQuota={quota.removesuffix('%')}%")
-    if memory := parameters.get("RSYNC_MEMORY_MAX_MB", ""):
-        limits.append(f"MemoryMax={memory}M")
-    return limits

@@ -18,9 +18,7 @@ from oned_backup.errors import (
     Unsupported,
 )
 from oned_backup.sdk.ssh import failed
-
-#: ssh's own code, passed on by rsync
-SSH_FAILED = 255
+from oned_backup.ssh.command import FAILED
 
 #: rsync(1), "EXIT VALUES"; what is not here is DriverFailed
 EXIT_CODES: Mapping[int, type[OnedBackupError]] = {
@@ -36,7 +34,7 @@ EXIT_CODES: Mapping[int, type[OnedBackupError]] = {
 }
 
 #: after these the same transfer may go on by another connection
-LOST_CONNECTION = frozenset({5, 10, 12, 30, 35, SSH_FAILED})
+LOST_CONNECTION = frozenset({5, 10, 12, 30, 35, FAILED})
 
 #: what the operating system says, wherever it is said; the first that fits counts
 _WORDS: tuple[tuple[str, type[OnedBackupError]], ...] = (
@@ -59,7 +57,7 @@ class NotTheLink(Unavailable):
 
 def explain_rsync(target: str, code: int, stderr: str) -> OnedBackupError:
     """The error for an rsync to or from `target` that ended with `code`, not 0."""
-    if code == SSH_FAILED:
+    if code == FAILED:
         return failed(target, stderr.encode())
     if code < 0:
         return DriverFailed(f"rsync to {target}: killed by signal {-code}")

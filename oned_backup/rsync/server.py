@@ -13,10 +13,11 @@ from importlib import resources
 
 from oned_backup.errors import DriverFailed, OnedBackupError, error_for_exit_code
 from oned_backup.rsync.arguments import Settings
-from oned_backup.rsync.failures import SSH_FAILED, explain_refusal, kind_of_words
+from oned_backup.rsync.failures import explain_refusal, kind_of_words
 from oned_backup.sdk.files import Chunk
 from oned_backup.sdk.process import Completed
 from oned_backup.sdk.ssh import failed, remote_run, ssh_argv
+from oned_backup.ssh.command import FAILED
 
 #: making the data of a backup durable may take its time
 _TIMEOUT_S = 3600.0
@@ -82,7 +83,7 @@ class Server:
         argv = ssh_argv(target, self._argv("receive", vm, backup_id, name, str(offset)))
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             process = subprocess.Popen(
-                [*self.settings.prefix, *argv], stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
+                [*self.settings.confined.prefix, *argv], stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
             )
             try:
                 assert process.stdin is not None  # noqa: S101 - for the type checker
@@ -98,7 +99,7 @@ class Server:
             for stream in (stdout, stderr):
                 stream.seek(0)
             done = Completed(tuple(argv), process.returncode, stdout.read(), stderr.read())
-        if done.returncode == SSH_FAILED:
+        if done.returncode == FAILED:
             raise failed(target, done.stderr)
         return dict(self._answers(done))["digest"]
 

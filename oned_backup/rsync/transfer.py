@@ -187,7 +187,7 @@ class Transfer:
     def _argv(self, shown: Path) -> list[str]:
         settings = self._server.settings
         return [
-            *settings.prefix,
+            *settings.confined.prefix,
             *("rsync", "--recursive", "--times", "--perms", "--chmod=D700,F600", "--append-verify", "-s"),
             *(f"--exclude=/{MANIFEST}", f"--timeout={_TIMEOUT_S}", *settings.options),
             *("-e", str(wrapper_path()), "--", f"{shown}/"),

@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from oned_backup.errors import DriverFailed, InvalidInput, NotFound, OnedBackupError
 from oned_backup.sdk import ssh
 from oned_backup.sdk.process import Completed, run
+from oned_backup.ssh.command import FAILED
 
-_CONNECTION_FAILED = 255
 _SPECIAL = re.compile(r'([\\"])')
 _ABSENT = re.compile(r"No such file or directory|not found", re.IGNORECASE)
 
@@ -65,9 +65,8 @@ def space_kb(target: str, path: PurePosixPath) -> tuple[int, int, int]:
 
 def _failure(target: str, done: Completed) -> OnedBackupError:
     text = done.stderr.decode("utf-8", "replace")
-    if done.returncode == _CONNECTION_FAILED:
-        error = ssh.failed(target, done.stderr)
-        return error if isinstance(error, OnedBackupError) else DriverFailed(str(error))
+    if done.returncode == FAILED:
+        return ssh.failed(target, done.stderr)
     last = done.last_words or "no message"
     return (
         NotFound(f"{target}: {last}") if _ABSENT.search(text) else DriverFailed(f"sftp to {target}: {last}")

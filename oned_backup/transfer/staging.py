@@ -9,9 +9,7 @@ from pathlib import Path
 
 from oned_backup.contract.exports import DiskExport, Exports
 from oned_backup.disk.image import open_export
-
-#: beside the file of a disk: the digests of its clusters
-BLOCKS_SUFFIX = ".blocks"
+from oned_backup.sdk.files import BLOCKS_SUFFIX
 
 
 def staged(exports: Exports, directory: Path, progress: Callable[[int, int], None]) -> Exports:

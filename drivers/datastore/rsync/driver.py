@@ -100,7 +100,7 @@ DRIVER = RsyncDatastore()
 
 def _server(call: Call) -> Server:
     settings = settings_from(call.parameters, call.base_path)
-    for warning in settings.warnings:
+    for warning in settings.confined.warnings:
         call.warn(warning)
     return Server(
         settings,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from oned_backup.errors import InvalidInput, Misconfigured
 from oned_backup.rsync.arguments import PASSED, REFUSED, parse_rsync_args, settings_from
+from oned_backup.sdk.limits import Confined
 
 ACCOUNT = {"RSYNC_HOST": "backup", "RSYNC_USER": "oneadmin"}
 BASE = Path("/backups/100")
@@ -85,7 +86,7 @@ def test_a_server_and_its_options() -> None:
     assert settings.target == "oneadmin@backup"
     assert settings.remote("7/.partial-x/") == "oneadmin@backup:/backups/100/7/.partial-x/"
     assert settings.options == ("--compress", "--bwlimit=300")
-    assert (settings.prefix, settings.warnings) == ((), ())
+    assert settings.confined == Confined()
 
 
 def test_an_address_of_ipv6_is_put_into_brackets() -> None:
@@ -119,7 +120,7 @@ def test_what_can_be_no_directory_is_misconfigured(path: str) -> None:
 
 def test_priorities_are_given_by_the_programs_before_rsync() -> None:
     settings = settings_from({**ACCOUNT, "RSYNC_NICE": "10", "RSYNC_IONICE": "7"}, BASE)
-    assert settings.prefix == ("nice", "-n", "10", "ionice", "-c", "2", "-n", "7")
+    assert settings.confined.prefix == ("nice", "-n", "10", "ionice", "-c", "2", "-n", "7")
 
 
 @pytest.mark.parametrize("systemd", [True, False])
@@ -129,18 +130,23 @@ def test_limits_are_enforced_or_said_not_to_be(systemd: bool, monkeypatch: pytes
     settings = settings_from({**ACCOUNT, "RSYNC_CPU_QUOTA": "50%", "RSYNC_MEMORY_MAX_MB": "400"}, BASE)
     if systemd:
         scope = ("systemd-run", "--scope", "--quiet", "--collect")
-        assert settings.prefix == (*scope, "--property=CPUQuota=50%", "--property=MemoryMax=400M", "--")
-        assert settings.warnings == ()
+        assert settings.confined.prefix == (
+            *scope,
+            "--property=CPUQuota=50%",
+            "--property=MemoryMax=400M",
+            "--",
+        )
+        assert settings.confined.warnings == ()
     else:
-        assert settings.prefix == ()
-        assert settings.warnings == (
-            "CPUQuota and MemoryMax cannot be enforced: this machine has no systemd",
+        assert settings.confined.prefix == ()
+        assert settings.confined.warnings == (
+            "RSYNC_CPU_QUOTA and RSYNC_MEMORY_MAX_MB cannot be enforced: this machine has no systemd",
         )
 
 
 def test_what_has_no_effect_says_so() -> None:
     settings = settings_from({**ACCOUNT, "RSYNC_MAX_RIOPS": "100", "RSYNC_MAX_WIOPS": "100"}, BASE)
-    assert [warning.partition(" ")[0] for warning in settings.warnings] == [
+    assert [warning.partition(" ")[0] for warning in settings.confined.warnings] == [
         "RSYNC_MAX_RIOPS",
         "RSYNC_MAX_WIOPS",
     ]
