@@ -16,6 +16,7 @@ from typing import Any
 
 from oned_backup.cli import follow
 from oned_backup.cli.client import Client
+from oned_backup.errors import InvalidInput
 from oned_backup.places import daemon_socket
 
 _RESTORE_POINT = re.compile(r"(?P<image>[0-9]{1,9})(?::(?P<increment>[0-9]{1,9}))?")
@@ -59,9 +60,19 @@ def begin_download(
     body: dict[str, Any] = {"format": image_format, "salvage": salvage}
     elsewhere = _ELSEWHERE.fullmatch(target)
     path = elsewhere["path"] if elsewhere else str(Path(target).absolute())
+    if elsewhere is None and ":" in target.partition("/")[0]:
+        raise InvalidInput(
+            f"'{target[:200]}': the path on a host begins with a slash",
+            hint="A file of that name in this directory is ./NAME.",
+        )
+    point = _RESTORE_POINT.fullmatch(url)
+    if overwrite and (elsewhere or point):
+        raise InvalidInput(
+            "--overwrite is for one disk on this machine: nothing else is ever replaced",
+            hint="Name a path that is free, or remove what is there first.",
+        )
     if elsewhere:
         body["host_id"] = api.resolve("host", elsewhere["host"])
-    point = _RESTORE_POINT.fullmatch(url)
     operation: Mapping[str, Any]
     if point is None:
         operation = api.post("downloads", {**body, "url": url, "target": path, "overwrite": overwrite})

@@ -141,7 +141,7 @@ def elapsed(operation: JSON) -> str:
 def _bar(*, quiet: bool) -> Iterator[Callable[[JSON], None]]:
     """A progress bar on stderr if that is a terminal and the work takes longer than a second."""
     if quiet or not sys.stderr.isatty():
-        yield lambda _view: None
+        yield (lambda _view: None) if quiet else _waits_teller()
         return
     from rich.console import Console  # noqa: PLC0415 - loads slowly
     from rich.progress import (  # noqa: PLC0415
@@ -191,6 +191,20 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[JSON], None]]:
     finally:
         if started:
             progress.stop()
+
+
+def _waits_teller() -> Show:
+    """Where there is no bar: a line for each reason why an operation waits to try again."""
+    told: set[str] = set()
+
+    def tell(view: JSON) -> None:
+        if view["ended_at"] is None and view.get("not_before"):
+            text = _description(view, "")
+            if text not in told:
+                warn(text)
+            told.add(text)
+
+    return tell
 
 
 def _description(view: JSON, step: str) -> str:

@@ -18,16 +18,28 @@ from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, Wait, client
 from oned_backup.cli.vm import print_images
 from oned_backup.client import begin_download, is_restore_point
-from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
+from oned_backup.errors import InvalidInput, NoSpace, NotFound, OnedBackupError
 
 app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
 
-_Id = Annotated[int, typer.Argument(metavar="IMAGE", help="Id of the image.")]
+
+def _image_id(text: str) -> int:
+    """An image's id; a VM's name, which people try first, is answered with where the ids are."""
+    if not (text.isascii() and text.isdecimal()):
+        raise typer.BadParameter(
+            f"'{text[:40]}' is no number; `oned-backup image list --vm VM` has the ids of a VM's images"
+        )
+    return int(text)
+
+
+_Id = Annotated[int, typer.Argument(metavar="IMAGE", parser=_image_id, help="Id of the image.")]
 _Increment = Annotated[int | None, typer.Option("--increment", help="Its id; the newest if absent.")]
 _Salvage = Annotated[
     bool, typer.Option("--salvage", help="Fill what is damaged with zeros, list it, and exit with 79.")
 ]
 _COPY_BYTES = 1024 * 1024
+#: of so many restore points all disks are shown
+_SHORT_CHAIN = 20
 
 
 @app.command("list")
@@ -44,8 +56,11 @@ def list_images(
 
 
 @app.command()
-def show(image: _Id, *, json: Json = False) -> None:
-    """Show every restore point of an image. Its disks with reasons, freeze, whether it was verified."""
+def show(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
+    """Show every restore point of an image. Its disks with reasons, freeze, whether it was verified.
+
+    Of a long chain the disks of the newest one alone are shown; `--increment` shows those of another.
+    """
     found = client().get(f"images/{image}")
     if json:
         output.print_json(found)
@@ -61,11 +76,11 @@ def show(image: _Id, *, json: Json = False) -> None:
             (
                 point["increment_id"],
                 point["type"],
-                output.when(point["date"])[5:16],
+                output.minute(point["date"]),
                 output.size_mb(point["size_mb"]),
                 _freeze(point.get("freeze") or {}),
                 f"{point['state']}, pinned" if point["pinned"] else point["state"],
-                output.when(point["verified_at"])[5:16] or "never",
+                output.minute(point["verified_at"]),
             )
             for point in found["increments"]
         ],
@@ -73,11 +88,22 @@ def show(image: _Id, *, json: Json = False) -> None:
     output.say("")
     output.print_table(
         ("INCR>", "DISK>", "TARGET", "TYPE", "REASON", "SIZE>", "STORED>"),
-        [row for point in found["increments"] for row in _disk_rows(point)],
+        [row for point in _looked_at(found["increments"], increment) for row in _disk_rows(point)],
     )
     for point in found["increments"]:
         if point["failure"]:
             output.warn(f"increment {point['increment_id']}: {point['failure']}")
+
+
+def _looked_at(points: list[dict[str, Any]], increment: int | None) -> list[dict[str, Any]]:
+    """The restore points whose disks are shown: the one that is asked for, or as many as can be read."""
+    if increment is None:
+        return points if len(points) <= _SHORT_CHAIN else points[-1:]
+    wanted = [point for point in points if point["increment_id"] == increment]
+    if not wanted:
+        known = ", ".join(str(point["increment_id"]) for point in points[-_SHORT_CHAIN:])
+        raise NotFound(f"there is no increment {increment}", hint=f"The newest are {known}.")
+    return wanted
 
 
 def _freeze(freeze: Mapping[str, Any]) -> str:
@@ -211,13 +237,17 @@ def restore(
     ] = None,
     increment: _Increment = None,
     disk_id: Annotated[int | None, typer.Option("--disk-id", help="Only this disk.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new domain.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new domain; NAME-restored-1 and so on if absent.")
+    ] = None,
     define: Annotated[
         str | None, typer.Option(metavar="HOST", help="Define a domain over the files, which go there.")
     ] = None,
     image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
     no_nic: Annotated[bool, typer.Option("--no-nic", help="Without network interfaces.")] = False,
-    no_ip: Annotated[bool, typer.Option("--no-ip", help="With new MAC addresses.")] = False,
+    no_ip: Annotated[
+        bool, typer.Option("--no-ip", help="With new MAC addresses, so that it can run beside the original.")
+    ] = False,
     salvage: _Salvage = False,
     space_check: Annotated[
         bool, typer.Option("--space-check/--no-space-check", help="Look for free space in DIR first.")
@@ -226,6 +256,12 @@ def restore(
     json: Json = False,
 ) -> None:
     """Restore a VM, or a disk, to a directory of a host. Every byte is proved on the way."""
+    given = {"--name": name is not None, "--no-nic": no_nic, "--no-ip": no_ip}
+    if define is None and any(given.values()):
+        raise InvalidInput(
+            f"{next(option for option, value in given.items() if value)} is for a domain that is defined",
+            hint="Add --define HOST; without it files are restored, and domain.xml as it was.",
+        )
     api = client()
     body = {
         "to": str(to if host else to.absolute()),
@@ -267,8 +303,9 @@ def download(
     target: Annotated[
         str,
         typer.Argument(
+            metavar="TARGET",
             help="A file, a block device, HOST:/PATH for a new file there, or - for standard output;"
-            " a directory or HOST:/DIRECTORY for a restore point."
+            " a directory or HOST:/DIRECTORY for a restore point.",
         ),
     ],
     image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "raw",

@@ -79,6 +79,11 @@ def when(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def minute(seconds: float | None) -> str:
+    """A local time to the minute, `never` for none; with its year, since backups live long."""
+    return when(seconds)[:16] or "never"
+
+
 def duration(seconds: float | None) -> str:
     """A duration for people."""
     if seconds is None:

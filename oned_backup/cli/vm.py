@@ -57,8 +57,8 @@ def list_vms(*, json: Json = False) -> None:
                 vm["state"],
                 vm["mode"],
                 vm["backups"],
-                _day(vm["last_backup"] and vm["last_backup"]["stored_at"]),
-                _day(vm["last_verified_at"]),
+                output.minute(vm["last_backup"] and vm["last_backup"]["stored_at"]),
+                output.minute(vm["last_verified_at"]),
                 "FAILED" if vm["error"] else "ok" if vm["backups"] else "",
             )
             for vm in vms
@@ -72,10 +72,6 @@ def list_vms(*, json: Json = False) -> None:
 def _settings(vm: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What `vm set` can change: without the ids of the chain."""
     return [(key, value) for key, value in vm["config"].items() if not key.endswith("_ID")]
-
-
-def _day(seconds: float | None) -> str:
-    return output.when(seconds)[5:16] or "never"
 
 
 def _ago(seconds: float | None) -> str:
@@ -139,8 +135,8 @@ def print_images(images: list[dict[str, Any]]) -> None:
                 image["state"],
                 image["restore_points"],
                 output.size_mb(image["size_mb"]),
-                _day(image["newest_at"]),
-                _day(image["verified_at"]),
+                output.minute(image["newest_at"]),
+                output.minute(image["verified_at"]),
             )
             for image in images
         ],
@@ -268,7 +264,7 @@ def _print_verdicts(points: list[dict[str, Any]]) -> None:
         what = {"KEPT": "kept", "GOES": "goes"}.get(point["fate"], f"merged into {point['into']}")
         reasons = [*([] if point["good"] else ["broken"]), *point["reasons"]]
         output.say(
-            f"{point['image_id']:>5}  {point['increment_id']:>4}  {output.when(point['date'])[:16]}"
+            f"{point['image_id']:>5}  {point['increment_id']:>4}  {output.minute(point['date'])}"
             f"  {output.size_mb(point['size_mb']):>9}  {what:<14}  {'; '.join(reasons)}"
         )
 

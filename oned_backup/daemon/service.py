@@ -24,6 +24,7 @@ from oned_backup.daemon.telling import named, outcome
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
 from oned_backup.operations import prune, scrub
 from oned_backup.operations.context import Context, describe
+from oned_backup.operations.datastores import unreadable_secrets
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
@@ -176,6 +177,8 @@ class Service:
                 self.metrics.observe(operation)
                 self.board.changed(operation.id, ended=True)
             self._sweep()
+            for text in unreadable_secrets(self.services):
+                logger.warning("%s", text)
         except Exception:
             logger.exception("recovery")
         self.recovered.set()

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from oned_backup.disk.filewriter import FileWriter
 from oned_backup.errors import (
-    Busy,
+    Conflict,
     InvalidInput,
     NoSpace,
     NotFound,
@@ -71,7 +71,7 @@ def parse_target(text: str) -> Path | NbdExport:
 def open_target(target: Path | int | NbdExport, size: int, *, is_a_layer: IsALayer) -> Target:
     """The target for `size` bytes. An existing file is emptied.
 
-    `InvalidInput` for one that is a layer, `Busy` for one that QEMU has open: the disk of a guest.
+    `InvalidInput` for one that is a layer, `Conflict` for one that QEMU has open: the disk of a guest.
     """
     if isinstance(target, int):
         return StreamTarget(target)
@@ -89,7 +89,10 @@ def open_target(target: Path | int | NbdExport, size: int, *, is_a_layer: IsALay
         if is_a_layer(status.st_dev, status.st_ino):
             raise InvalidInput(f"{what}: is one of the files to restore from")
         if not created and _is_open_in_qemu(fd):
-            raise Busy(f"{what}: QEMU has it open, perhaps as the disk of a running guest")
+            raise Conflict(
+                f"{what}: QEMU has it open, perhaps as the disk of a running guest",
+                hint="Shut the guest down first, or restore to another file.",
+            )
         if stat.S_ISBLK(status.st_mode):
             return DeviceTarget(fd, what, size)
         if not stat.S_ISREG(status.st_mode):
@@ -271,7 +274,10 @@ def _explained(error: OSError, what: str) -> OnedBackupError:
     if error.errno in {errno.EISDIR, errno.ENXIO}:
         return InvalidInput(f"{what}: {error.strerror}")
     if error.errno == errno.EBUSY:
-        return Busy(f"{what}: in use by the kernel: mounted, or a part of LVM, RAID or swap space")
+        return Conflict(
+            f"{what}: in use by the kernel: mounted, or a part of LVM, RAID or swap space",
+            hint="Unmount it first, or restore to another device.",
+        )
     if error.errno in {errno.ENOENT, errno.ENOTDIR}:
         return NotFound(f"{what}: {error.strerror}")
     return Unavailable(f"{what}: {error.strerror}")

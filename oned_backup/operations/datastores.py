@@ -8,7 +8,7 @@ from typing import Any
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.driver_toml import DriverManifest
 from oned_backup.contract.result import whole_number
-from oned_backup.errors import Conflict, OnedBackupError
+from oned_backup.errors import Conflict, Misconfigured, OnedBackupError
 from oned_backup.model.datastore import (
     Datastore,
     enabled,
@@ -100,6 +100,19 @@ def update_datastore(
     )
     services.measured_at.pop(datastore_id, None)
     return Datastore(stored)
+
+
+def unreadable_secrets(services: Services) -> list[str]:
+    """The secrets of datastores that this key file does not open, each with what to do about it."""
+    found = []
+    for entry in services.store.find("datastore"):
+        datastore = Datastore(entry.element)
+        for key in sorted(datastore.sealed_parameters):
+            try:
+                services.box.unseal(datastore.parameters[key], secret_context(datastore.id, key))
+            except Misconfigured as error:
+                found.append(f"{error.message}. {error.hint}")
+    return found
 
 
 def _sealed(

@@ -206,8 +206,9 @@ def _open_fifo(context: Context, path: str) -> int:
 
 def _remove_partial(context: Context) -> None:
     """Undo of DOWNLOAD: the partial file. What was written over cannot be brought back."""
-    if "partial" in context.facts:
-        Path(context.facts["partial"]).unlink(missing_ok=True)
+    partial = context.facts.get("partial")
+    if partial and os.path.lexists(partial):  # a read-only file system refuses also what is not there
+        Path(partial).unlink(missing_ok=True)
 
 
 def _place(context: Context) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ from oned_backup.model.image import Image
 from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import StoredFile
 from oned_backup.model.names import checked_name
+from oned_backup.model.vm import VmState
 from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
@@ -168,7 +169,22 @@ def _plan_domain(
         no_ip=bool(context.arguments.get("no_ip")),
     )
     _keep(context, _DOMAIN_FILE, xmldoc.serialize(rebuilt.element))
+    _note_shared_addresses(context, rebuilt.element)
     return {"name": name, "uuid": uuid, "defines": True, "dropped": list(rebuilt.dropped)}
+
+
+def _note_shared_addresses(context: Context, domain: xmldoc.Element) -> None:
+    """Say it if the VM that was backed up is still there, and has MAC addresses of the new domain."""
+    vm = context.services.vm(context.services.image(context.integer("image_id")).vm_id)
+    if vm.state == VmState.DONE:
+        return
+    there = {address.text for address in vm.element.iterfind("TEMPLATE/NIC/MAC")}
+    shared = {mac.get("address") for mac in domain.iterfind("devices/interface/mac")} & there
+    if shared:
+        context.note(
+            f"VM {vm.id} ({vm.name}) has the same MAC address {', '.join(sorted(filter(None, shared)))}:"
+            " the two must not run in one network; --no-ip or --no-nic avoids it"
+        )
 
 
 def _free_name(context: Context, host: Host | None, old: str) -> str:
@@ -208,7 +224,7 @@ def _prepare(context: Context) -> Mapping[str, Any]:
         )
         return {"targets": found}
     except Conflict as error:
-        raise Conflict(error.message, hint="Choose an empty directory with --to.") from error
+        raise Conflict(error.message, hint="Choose an empty directory.") from error
 
 
 def _download(context: Context) -> Mapping[str, Any]:

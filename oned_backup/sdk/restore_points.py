@@ -90,7 +90,7 @@ def disk_chain(load: Load, backup_id: str, disk_id: int, known: Collection[str] 
     manifest = load(backup_id)
     disk = manifest.disk(disk_id)
     if disk is None:
-        raise NotFound(f"backup {backup_id} has no disk {disk_id}")
+        raise _no_disk(manifest, disk_id)
     chain = [manifest]
     while disk.type != BackupType.FULL:
         child, parent_id = chain[-1].id, disk.parent_id
@@ -109,12 +109,17 @@ def disk_chain(load: Load, backup_id: str, disk_id: int, known: Collection[str] 
     return tuple(reversed(chain))
 
 
+def _no_disk(manifest: Manifest, disk_id: int) -> NotFound:
+    there = ", ".join(f"{disk.disk_id} ({disk.target})" for disk in manifest.disks)
+    return NotFound(f"backup {manifest.id} has no disk {disk_id}", hint=f"It has {there}.")
+
+
 def stored_disks(call: Call, scheme: str, load: Load, backup_id: str) -> tuple[StoredDisk, ...]:
     """The disks of a backup as they can be restored; only that of the option DISK_ID if it is given."""
     manifest = load(backup_id)
     only = call.integer_option("DISK_ID")
     if only is not None and manifest.disk(only) is None:
-        raise NotFound(f"backup {backup_id} has no disk {only}")
+        raise _no_disk(manifest, only)
     found = []
     for disk in manifest.disks:
         if only is None or disk.disk_id == only:

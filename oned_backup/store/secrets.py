@@ -69,7 +69,9 @@ class SecretBox:
             return self._cipher.decrypt(nonce, sealed[_NONCE_BYTES:], context.encode()).decode()
         except (InvalidTag, binascii.Error, ValueError) as error:
             raise Misconfigured(
-                f"{context} cannot be decrypted with this key", hint="Set the parameter again."
+                f"{context} cannot be decrypted with this key",
+                hint="Bring back secret.key of the state directory and start the daemon again; or set all"
+                " secrets of the datastore again: `oned-backup datastore update DATASTORE KEY=@FILE …`.",
             ) from error
 
 

@@ -222,7 +222,7 @@ def _base(task: Restoring) -> Path:
         raise DriverFailed(f"{task.directory}: cannot be looked at")
     kind, _, name = found[0].partition("\t")
     if kind != "directory":
-        raise Conflict(f"{name} is not a directory", hint="Choose another one with --to.")
+        raise Conflict(f"{name} is not a directory")
     return Path(name)
 
 

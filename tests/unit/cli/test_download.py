@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from oned_backup.cli.main import run
 from oned_backup.client import download
 from oned_backup.errors import Conflict, InvalidInput, NotFound, Unsupported
 
@@ -48,6 +49,27 @@ def test_a_restore_point_on_a_host(stack: Stack, tmp_path: Path) -> None:
     stack.ok("download", "0:0", f"lab:{tmp_path}/there", "--format", "qcow2")
     assert (tmp_path / "there" / "disk.0.qcow2").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.glob("*/.oned-backup-op-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["image", "restore", "0", "--to", "/x", "--name", "new"], "--name is for a domain that is defined"),
+        (["image", "restore", "0", "--to", "/x", "--no-ip"], "--no-ip is for a domain that is defined"),
+        (["image", "restore", "web", "--to", "/x"], "image list --vm VM"),
+        (["download", "0:0", "lab:there"], "'lab:there': the path on a host begins with a slash"),
+        (["download", "0:0", "/x", "--overwrite"], "--overwrite is for one disk on this machine"),
+        (["download", "fs://100/-/0:x/0/disk.0", "lab:/x", "--overwrite"], "--overwrite is for one disk"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No daemon is asked: nothing is done."""
+    assert run(words) == InvalidInput.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert told in printed.err
 
 
 def settled(stack: Stack) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.restore import restore_chain
-from oned_backup.errors import Busy, InvalidInput, NoSpace, NotFound
+from oned_backup.errors import Conflict, InvalidInput, NoSpace, NotFound
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -125,7 +125,7 @@ def test_a_device_that_is_mounted_is_never_the_target(
     place.mkdir()
     subprocess.run(["mount", "-o", "ro", device, place], check=True)
     try:
-        with pytest.raises(Busy, match="mounted"):
+        with pytest.raises(Conflict, match="mounted"):
             restore_chain(layers, device, format="raw")
     finally:
         subprocess.run(["umount", place], check=True)
@@ -152,7 +152,7 @@ def test_an_image_that_qemu_has_open_is_never_the_target(
     argv = ["qemu-nbd", "--fork", f"--pid-file={pid_file}", f"--socket={socket}", "-f", "qcow2"]
     subprocess.run([*argv, *(["--read-only"] if read_only else []), str(disk)], check=True, timeout=20)
     try:
-        with pytest.raises(Busy, match="QEMU has it open"):
+        with pytest.raises(Conflict, match="QEMU has it open"):
             restore_chain(layers, disk, format="qcow2")
         assert disk.stat().st_size == len(before)
     finally:

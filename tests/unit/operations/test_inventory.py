@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
 from oned_backup.operations import inventory
-from oned_backup.operations.datastores import delete_datastore, update_datastore
+from oned_backup.operations.datastores import (
+    create_datastore,
+    delete_datastore,
+    measure,
+    unreadable_secrets,
+    update_datastore,
+)
 from oned_backup.operations.inventory import add_host, configure_vm, import_vms
 from oned_backup.operations.services import make_directories
 from oned_backup.runner.drivers import Driver
-from oned_backup.store import BackupState, OperationState
+from oned_backup.store import BackupState, OperationState, SecretBox
 
 from .conftest import DOMAIN, World
 
@@ -61,6 +68,21 @@ def test_an_update_loses_no_image_that_is_stored_meanwhile(world: World, *, fail
     datastore = world.services.datastore(100)
     assert datastore.image_ids == (7,)
     assert datastore.name == ("b" if fails else "other")
+
+
+def test_secrets_whose_key_file_is_lost_can_be_set_again(world: World) -> None:
+    values = {"RESTIC_SFTP_SERVER": "bk", "BASE_PATH": "/srv/restic", "RESTIC_PASSWORD": "geheim"}
+    datastore_id = create_datastore(world.services, "vault", "restic", values).id
+    other = replace(world.services, box=SecretBox(bytes(32)))
+    with pytest.raises(Misconfigured, match="cannot be decrypted") as caught:
+        measure(other, datastore_id)
+    assert "oned-backup datastore update" in (caught.value.hint or "")
+    assert unreadable_secrets(world.services) == []
+    (unreadable,) = unreadable_secrets(other)
+    assert f"datastore/{datastore_id}/RESTIC_PASSWORD" in unreadable
+    update_datastore(other, datastore_id, {"RESTIC_PASSWORD": "geheim"})
+    assert measure(other, datastore_id).free_mb == 999
+    assert unreadable_secrets(other) == []
 
 
 def test_retention_does_not_count_a_broken_backup(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from oned_backup.contract.documents import RestorePlan, StoredDisk
 from oned_backup.contract.request import Request
 from oned_backup.contract.targets import targets_to_xml
 from oned_backup.errors import Conflict, DataCorrupt, DriverFailed, NoSpace, Salvaged
+from oned_backup.model.vm import DomainState, Vm, sync_domain
 from oned_backup.runner.run import Cancellation
 from oned_backup.store import BackupState, OperationState
 from oned_backup.transfer import restoring
@@ -111,6 +113,37 @@ def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path)
     assert failed.state is OperationState.FAILED
     assert "they are kept" in failed.result["notes"][0]
     assert names(tmp_path / "out") == ["disk.0.qcow2", "domain.xml", "nvram.fd"]
+
+
+def test_an_address_that_the_original_has_too_is_told(stored: World, tmp_path: Path) -> None:
+    nic = "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='lan'/></interface>"
+    domain = DOMAIN.replace("</devices>", f"{nic}</devices>")
+    usual = stored.drivers.answers["restore"]
+
+    def with_nic(request: Request) -> dict[str, str]:
+        answer = usual(request)
+        if "PLAN" not in answer:
+            return answer
+        plan = replace(
+            RestorePlan.from_xml(xmldoc.parse(answer["PLAN"])), files=(("domain.xml", domain.encode()),)
+        )
+        return {"PLAN": xmldoc.serialize(plan.to_xml())}
+
+    stored.drivers.answers["restore"] = with_nic
+    stored.services.store.change(
+        "vm",
+        0,
+        lambda old: sync_domain(Vm(old), xmldoc.parse(domain), DomainState.RUNNING, {}, date=1).element,
+    )
+    same = stored.run("restore", image_id=0, to=str(tmp_path / "same"), define_host_id=0)
+    assert same.state is OperationState.DONE, same.error
+    assert "VM 0 (web) has the same MAC address 52:54:00:00:00:01" in same.result["notes"][0]
+    for option in ("no_ip", "no_nic"):
+        other = stored.run(
+            "restore", image_id=0, to=str(tmp_path / option), define_host_id=0, **{option: True}
+        )
+        assert other.state is OperationState.DONE, other.error
+        assert "notes" not in other.result
 
 
 def monitored(name: str, uuid: str) -> dict[str, str]:
