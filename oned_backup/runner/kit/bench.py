@@ -128,6 +128,11 @@ class Bench:
         noise = self._noise(24 * MIB)
         return make_points(self.root / "large", [(24 * MIB, [[f"write -s {noise} 0 24M"]])])[0]
 
+    @cached_property
+    def noise(self) -> Point:
+        """The same with 4 MiB."""
+        return make_points(self.root / "noise", [(4 * MIB, [[f"write -s {self._noise(4 * MIB)} 0 4M"]])])[0]
+
     def _noise(self, size: int) -> Path:
         """A file that no store can make smaller, so that there is something to damage in each."""
         path = self.root / f"noise{size}"

@@ -28,8 +28,9 @@ from oned_backup.runner.kit.guest import (
 
 @clause("DS-01", "backup prints BACKUP_ID, SIZE_MB and FORMAT, and they are plausible")
 def backup_answers(bench: Bench) -> None:
-    """A MANIFEST is optional, but must be one."""
-    chain = bench.new_chain(bench.new_store())
+    """A MANIFEST is optional, but must be one. Of 4 MB that cannot be made smaller, all is stored."""
+    store = bench.new_store()
+    chain = bench.new_chain(store)
     attempt = bench.plan(chain, bench.points[0])
     called = bench.backup(attempt)
     answer = called.answer()
@@ -45,6 +46,11 @@ def backup_answers(bench: Bench) -> None:
         raise called.unmet(f"SIZE_MB={answer['SIZE_MB']} for a guest of 20 MB that holds 3 MB")
     if answer["FORMAT"] not in {"raw", "qcow2"}:
         raise called.unmet(f"FORMAT={answer['FORMAT']} is neither raw nor qcow2")
+    attempt = bench.plan(bench.new_chain(store), bench.noise)
+    called = bench.backup(attempt)
+    bench.record(attempt, called)
+    if (stored := attempt.chain.increments[0].size_mb) < 4:
+        raise called.unmet(f"SIZE_MB={stored} for 4 MB that cannot be made smaller")
 
 
 @clause("DS-02", "a full backup restores to the same bytes")
@@ -229,6 +235,8 @@ def verify_is_content(bench: Bench) -> None:
             raise called.unmet(f"REPORT is about {[b.backup_id for b in report.backups]}, not {wanted}")
         if any(backup.failures for backup in report.backups):
             raise called.unmet("REPORT names failures in backups that are good")
+        if "PERCENT" not in options and not all(backup.read_bytes for backup in report.backups):
+            raise called.unmet("READ_BYTES is 0 of a backup that was read")
 
 
 @clause("DS-15", "catalogue lists every finished backup")

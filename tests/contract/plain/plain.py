@@ -366,8 +366,12 @@ class Plain:
                 f"<FAILURE><FILE>{escape(name)}</FILE><TEXT>{escape(text)}</TEXT></FAILURE>"
                 for name, text in self.failures(self.folder(backup_id))
             )
-            reports.append(f"<BACKUP><ID>{backup_id}</ID><READ_BYTES>0</READ_BYTES>{failures}</BACKUP>")
+            read = self.read_bytes(self.folder(backup_id))
+            reports.append(f"<BACKUP><ID>{backup_id}</ID><READ_BYTES>{read}</READ_BYTES>{failures}</BACKUP>")
         print(f"REPORT=<REPORT>{''.join(reports)}</REPORT>")
+
+    def read_bytes(self, folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
     def failures(self, folder: Path) -> list[tuple[str, str]]:
         found = []
