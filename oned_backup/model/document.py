@@ -92,6 +92,14 @@ def checked_title(name: str) -> str:
     return name
 
 
+def fitting_title(name: str) -> str:
+    """`name`, or what can be shown of it: a hypervisor takes longer and stranger names than documents do."""
+    try:
+        return checked_title(name)
+    except InvalidInput:
+        return shown(name, _MAX_NAME_CHARACTERS) or "unnamed"
+
+
 def shown(text: str, max_characters: int = 400) -> str:
     """`text`, which may be any program's output, as a document can carry it: one short, clean line."""
     clean = "".join(char if char.isprintable() else " " for char in text[: 4 * max_characters])

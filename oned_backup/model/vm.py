@@ -24,6 +24,7 @@ from oned_backup.model.document import (
     Owner,
     add_id,
     checked_title,
+    fitting_title,
     id_list,
     identity,
     ids,
@@ -222,8 +223,8 @@ def sync_domain(
     domain_name = domain.findtext("name", "").strip()
     if not domain_name:
         raise InvalidInput("domain XML has no name")
-    if vm.name == vm.deploy_id and domain_name != vm.deploy_id:
-        xmldoc.put(element, "NAME", checked_title(domain_name))
+    if vm.name == fitting_title(vm.deploy_id) and domain_name != vm.deploy_id:
+        xmldoc.put(element, "NAME", fitting_title(domain_name))
     xmldoc.put(element, "DEPLOY_ID", domain_name)
     xmldoc.put(element, "LAST_POLL", date)
     template = section(element, "TEMPLATE")

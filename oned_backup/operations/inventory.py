@@ -9,7 +9,7 @@ from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.errors import Conflict, InvalidInput, NotFound, OnedBackupError, Unavailable
 from oned_backup.model.backup_config import RETENTION
-from oned_backup.model.document import replace_all
+from oned_backup.model.document import fitting_title, replace_all
 from oned_backup.model.host import (
     Host,
     HostState,
@@ -169,7 +169,7 @@ def _import_vm(
     def document(vm_id: int) -> Vm:
         return new_vm(
             vm_id,
-            name=domain.name,
+            name=fitting_title(domain.name),
             placement=host.placement,
             domain=view.xml,
             state=view.state,

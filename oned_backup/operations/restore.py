@@ -55,7 +55,16 @@ _DOMAIN = "domain.xml"
 #: in the operation's own directory
 _PLAN_FILE = "plan.xml"
 _DOMAIN_FILE = "domain-to-define.xml"
-_DAMAGED = "An older increment may be whole (--increment); --salvage fills what is lost with zeros."
+_DAMAGED = (
+    "`oned-backup image verify` tells which increments are whole (--increment); --salvage fills what is lost"
+    " with zeros."
+)
+_NOT_SALVAGED = (
+    "Nothing can be salvaged without it; `oned-backup image verify` tells which increments are whole"
+    " (--increment)."
+)
+#: of the original's name in that of its copy, which must not be too long
+_OLD_NAME_CHARACTERS = 100
 _NVRAM = "nvram.fd"
 _TPM = "tpm.tar"
 
@@ -107,7 +116,8 @@ def _plan_of_store(context: Context, image: Image) -> RestorePlan:
     except DataCorrupt as error:
         newest = chain_to(image.increments, increment_id)[-1].source if image.increments else image.source
         found_while_reading(context, newest, f"could not be restored: {error.message}")
-        raise DataCorrupt(error.message, hint=_DAMAGED) from error
+        hint = _NOT_SALVAGED if context.arguments.get("salvage") else _DAMAGED
+        raise DataCorrupt(error.message, hint=hint) from error
 
 
 def _left_out(context: Context, plan: RestorePlan) -> list[str]:
@@ -190,6 +200,7 @@ def _note_shared_addresses(context: Context, domain: xmldoc.Element) -> None:
 def _free_name(context: Context, host: Host | None, old: str) -> str:
     """`<old>-restored-<n>` with the smallest n that nobody has."""
     taken = _taken_names(context, host)
+    old = old[:_OLD_NAME_CHARACTERS]
     number = 1
     while f"{old}-restored-{number}" in taken:
         number += 1
@@ -271,10 +282,8 @@ def _download_disk(context: Context, caller: Caller, disk: StoredDisk, target: D
     except Salvaged as salvaged:
         return str(salvaged)
     except DataCorrupt as error:
-        raise DataCorrupt(
-            error.message,
-            hint=_DAMAGED,
-        ) from error
+        hint = _NOT_SALVAGED if context.arguments.get("salvage") else _DAMAGED
+        raise DataCorrupt(error.message, hint=hint) from error
     return ""
 
 

@@ -168,6 +168,15 @@ def test_the_name_follows_a_rename_unless_it_was_given_here(vm, domain):
     assert (own.name, own.deploy_id) == ("mine", 'w "2" ü')
 
 
+@pytest.mark.parametrize("name", ["x" * 200, "a\u200bb"])
+def test_a_domain_with_a_name_that_is_too_much_for_a_document_is_followed(vm, domain, name):
+    domain.find("name").text = name
+    renamed = _sync(vm, domain)
+    assert (renamed.name, renamed.deploy_id) == (name[:128].replace("\u200b", " "), name)
+    domain.find("name").text = "short"
+    assert _sync(renamed, domain).name == "short"
+
+
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 129, "a\x1bb"])
 def test_a_name_that_cannot_be_shown_is_refused(vm, name):
     with pytest.raises(InvalidInput, match="name"):

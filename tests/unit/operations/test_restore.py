@@ -66,6 +66,20 @@ def stored(world: World) -> World:
     return world
 
 
+def plan_with_domain(stored: World, domain: str) -> None:
+    """Have the store give another domain.xml back, and no other small file."""
+    usual = stored.drivers.answers["restore"]
+
+    def restore(request: Request) -> dict[str, str]:
+        answer = usual(request)
+        if "PLAN" not in answer:
+            return answer
+        plan = RestorePlan.from_xml(xmldoc.parse(answer["PLAN"]))
+        return {"PLAN": xmldoc.serialize(replace(plan, files=(("domain.xml", domain.encode()),)).to_xml())}
+
+    stored.drivers.answers["restore"] = restore
+
+
 def test_all_that_is_restored_has_its_name(stored: World, tmp_path: Path) -> None:
     target = tmp_path / "deep/er"
     done = stored.run("restore", image_id=0, to=str(target), define_host_id=0)
@@ -75,6 +89,14 @@ def test_all_that_is_restored_has_its_name(stored: World, tmp_path: Path) -> Non
     (define,) = stored.drivers.requests("define")
     assert str(target / "disk.0.qcow2") in define.options["DOMAIN"]
     assert "web-restored-1" in define.options["DOMAIN"]
+
+
+def test_the_copy_of_a_vm_with_a_long_name_gets_one_that_fits(stored: World, tmp_path: Path) -> None:
+    domain = DOMAIN.replace("<name>web<", f"<name>{'w' * 200}<")
+    plan_with_domain(stored, domain)
+    done = stored.run("restore", image_id=0, to=str(tmp_path / "out"), define_host_id=0)
+    assert done.state is OperationState.DONE, done.error
+    assert done.result["name"] == f"{'w' * 100}-restored-1"
 
 
 @pytest.mark.parametrize("action", ["pre_restore", "download", "restore", "define"])
@@ -118,18 +140,7 @@ def test_a_domain_that_came_to_be_keeps_its_files(stored: World, tmp_path: Path)
 def test_an_address_that_the_original_has_too_is_told(stored: World, tmp_path: Path) -> None:
     nic = "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='lan'/></interface>"
     domain = DOMAIN.replace("</devices>", f"{nic}</devices>")
-    usual = stored.drivers.answers["restore"]
-
-    def with_nic(request: Request) -> dict[str, str]:
-        answer = usual(request)
-        if "PLAN" not in answer:
-            return answer
-        plan = replace(
-            RestorePlan.from_xml(xmldoc.parse(answer["PLAN"])), files=(("domain.xml", domain.encode()),)
-        )
-        return {"PLAN": xmldoc.serialize(plan.to_xml())}
-
-    stored.drivers.answers["restore"] = with_nic
+    plan_with_domain(stored, domain)
     stored.services.store.change(
         "vm",
         0,
