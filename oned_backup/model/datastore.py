@@ -26,6 +26,7 @@ from oned_backup.model.document import (
     section,
     shown,
 )
+from oned_backup.model.names import checked_name
 
 BACKUP_TYPE = 3
 #: what a sealed parameter's text begins with, and what is shown in place of it
@@ -80,6 +81,11 @@ class Datastore(Document):
     def used_mb(self) -> int:
         """Used space as last measured."""
         return xmldoc.integer(self.element, "USED_MB")
+
+    @property
+    def store_id(self) -> str:
+        """What tells the store that keeps its images from others; empty if that is not known."""
+        return self.element.findtext("STORE_ID", "")
 
     @property
     def image_ids(self) -> tuple[int, ...]:
@@ -152,6 +158,15 @@ def with_capacity(datastore: Datastore, *, total_mb: int, used_mb: int, free_mb:
     element = xmldoc.copy(datastore.element)
     for name, value in (("TOTAL_MB", total_mb), ("FREE_MB", free_mb), ("USED_MB", used_mb)):
         xmldoc.put(element, name, value)
+    return Datastore(element)
+
+
+def in_store(datastore: Datastore, store_id: str) -> Datastore:
+    """`datastore` before its first image, in the store of that id; one that has images stays where it is."""
+    if not store_id or datastore.image_ids:
+        return datastore
+    element = xmldoc.copy(datastore.element)
+    xmldoc.put(element, "STORE_ID", checked_name(store_id, "STORE_ID"))
     return Datastore(element)
 
 

@@ -272,6 +272,7 @@ def _store(context: Context) -> Mapping[str, Any]:
     return {
         "size_mb": whole_number(answer, "SIZE_MB"),
         "format": answer["FORMAT"],
+        "store_id": answer.get("STORE_ID", ""),
         "manifest": _manifest(answer, plan) or _manifest_without_files(context, vm, backup, exports),
     }
 

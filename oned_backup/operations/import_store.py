@@ -22,7 +22,7 @@ from oned_backup.contract.exports import Reason
 from oned_backup.contract.result import document
 from oned_backup.errors import DataCorrupt, Unsupported
 from oned_backup.model.backup_config import BackupConfig, FsFreeze, Mode
-from oned_backup.model.datastore import Datastore, with_image
+from oned_backup.model.datastore import Datastore, in_store, with_image
 from oned_backup.model.document import Owner
 from oned_backup.model.image import Image, image_name, new_image, with_increment
 from oned_backup.model.increments import Increment, IncrementType
@@ -56,7 +56,7 @@ def _read(context: Context) -> Mapping[str, Any]:
         raise Unsupported(f"driver {driver} cannot list a store: it has no action catalogue")
     answer = context.caller.datastore("catalogue", datastore)
     (context.work_dir / "catalogue.xml").write_text(answer["CATALOGUE"])
-    return {}
+    return {"store_id": answer.get("STORE_ID", "")}
 
 
 def _catalogue(context: Context) -> Catalogue:
@@ -147,7 +147,7 @@ def _import_chain(
     if first.id in known:
         image = Image(tx.get("image", tx.backup(first.id).image_id).element)
     else:
-        image = _create_image(tx, datastore_id, vm, first)
+        image = _create_image(context, tx, vm, first)
         counts["images"] += 1
     present = {name for manifest, _ in entries for name in (manifest.id, *manifest.stands_for)}
     lost = {disk.parent_id for manifest, _ in entries for disk in manifest.disks} - present - {""}
@@ -175,7 +175,8 @@ def _import_chain(
         )
 
 
-def _create_image(tx: Transaction, datastore_id: int, vm: Vm, first: Manifest) -> Image:
+def _create_image(context: Context, tx: Transaction, vm: Vm, first: Manifest) -> Image:
+    datastore_id = context.integer("datastore_id")
     tracked = bool(first.raw.get("checkpoint"))
     datastore = Datastore(tx.get("datastore", datastore_id).element)
     taken = {entry.element.findtext("NAME", "") for entry in tx.find("image", vm_id=vm.id)}
@@ -199,7 +200,8 @@ def _create_image(tx: Transaction, datastore_id: int, vm: Vm, first: Manifest) -
         ),
     )
     image = Image(element)
-    tx.change("datastore", datastore_id, lambda old: with_image(Datastore(old), image.id).element)
+    kept = in_store(datastore, context.facts.get("store_id", ""))
+    tx.change("datastore", datastore_id, lambda _old: with_image(kept, image.id).element)
     tx.change("vm", vm.id, lambda old: with_backup(Vm(old), image.id).element)
     return image
 

@@ -104,7 +104,8 @@ def _add_image(
         ),
     )
     image_id = Image(element).id
-    tx.update("datastore", datastore.id, stored.version, datastores.with_image(datastore, image_id).element)
+    kept = datastores.in_store(datastore, context.facts.get("store_id", ""))
+    tx.update("datastore", datastore.id, stored.version, datastores.with_image(kept, image_id).element)
     if is_first and (left := _left_behind(tx, plan)):
         tx.change("image", image_id, lambda old: with_to_remove(Image(old), left).element)
     return image_id

@@ -52,26 +52,30 @@ class Prepared:
 class Server:
     """The account on the server.
 
-    `images`: how many backups the daemon knows there; `alive` is called now and then
-    while the server works, which it may do for long without a word.
+    `known`: the id of the store in which the daemon has backups, `1` if that is not known, `0` if it has
+    none; `alive` is called now and then while the server works, which it may do for long without a word.
     """
 
-    def __init__(self, settings: Settings, *, images: int, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: Settings, *, known: str, alive: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
-        self._images = str(images)
+        #: what tells the store from others, once it is prepared for a backup; empty if it has no such thing
+        self.store_id = ""
+        self._known = known
         self._alive = alive
 
     def space(self) -> Space:
         """How full it is; `Unavailable` for a store that is not there."""
-        return _space(self._ask("monitor", self._images))
+        return _space(self._ask("monitor", self._known))
 
     def prepare(self, vm: str, backup_id: str, parent_id: str = "") -> Prepared:
         """Make the folder for a backup that is not finished, and make ready what is in it to be continued."""
-        answers = self._ask("prepare", self._images, vm, backup_id, parent_id)
+        answers = self._ask("prepare", self._known, vm, backup_id, parent_id)
         prepared = Prepared(_space(answers), parent=("parent", "no") not in answers)
         for key, value in answers:
             if key == "finished":
                 prepared.finished = True
+            elif key == "store":
+                self.store_id = value
             elif key == "file":
                 size, _, name = value.partition(" ")
                 prepared.partial[name] = int(size)
@@ -114,11 +118,11 @@ class Server:
 
     def cancel(self, vm: str, backup_id: str) -> None:
         """Remove what an unfinished backup left."""
-        self._ask("cancel", self._images, vm, backup_id)
+        self._ask("cancel", self._known, vm, backup_id)
 
     def remove(self, vm: str, ids: Sequence[str]) -> None:
         """Remove backups, in this order; what is absent does no harm."""
-        self._ask("remove", self._images, vm, *ids)
+        self._ask("remove", self._known, vm, *ids)
 
     def _ask(self, verb: str, *arguments: str, stdin: bytes = b"") -> list[tuple[str, str]]:
         argv = self._argv(verb, *arguments)

@@ -16,18 +16,22 @@ is_folder() { [ -d "$1" ] && [ ! -L "$1" ]; }
 there() { [ -e "$1" ] || [ -L "$1" ]; }
 
 echo "odb begun"
-verb=$1 base=$2 marker=.oned-backup-store
+verb=$1 base=$2 marker=.oned-backup-store id=
 shift 2
 [ -d "$base" ] || fail 69 "$base is not there: create the directory there, or mount it"
 cd -P -- "$base" || exit 1
 
-# $1: how many backup images the catalogue has here. Beneath a file system that is not
-# mounted there is neither the marker nor a backup.
+# $1: what the catalogue has here: 0, nothing; 1, backups; else the id of the store with the backups.
+# Beneath a file system that is not mounted there is neither the marker nor a backup.
 require_store() {
     if there $marker; then
-        [ "$(cat $marker)" = "oned-backup store, version 1" ] ||
+        { read -r version; read -r id; } <$marker
+        [ "$version" = "oned-backup store, version 1" ] ||
             fail 78 "$base/$marker: not a store of a version that this program knows"
-        return
+        case $1 in
+        0 | 1 | "$id") return ;;
+        *) fail 69 "$base/$marker: this is store ${id:-without id}, not $1; is another disk mounted there?" ;;
+        esac
     fi
     [ "$1" != 0 ] || return 0
     for entry in [0-9]*/[!.]*; do
@@ -38,10 +42,16 @@ require_store() {
 
 mark() {
     there $marker && return
-    echo "oned-backup store, version 1" >"$marker.$$" && sync "$marker.$$" || exit 1
+    case $1 in
+    0 | 1) id=$(od -An -v -N16 -tx1 /dev/urandom | tr -d ' \n') ;;
+    *) id=$1 ;;
+    esac
+    printf 'oned-backup store, version 1\n%s\n' "$id" >"$marker.$$" && sync "$marker.$$" || exit 1
     ln "$marker.$$" $marker 2>/dev/null || there $marker || mv "$marker.$$" $marker || exit 1
     rm -f "$marker.$$"
     try sync .
+    id=
+    { read -r version; read -r id; } <$marker   # another one may have been quicker
 }
 
 enter() {                       # the folder of VM $1; made if $2 is `make`
@@ -59,12 +69,13 @@ discard() {                     # a receiving rsync whose client is gone may sti
 }
 
 case $verb in
-monitor)                        # IMAGES
+monitor)                        # KNOWN
     require_store "$1"
     ;;
-prepare)                        # IMAGES VM ID PARENT: where to put a backup, and what is there of it
+prepare)                        # KNOWN VM ID PARENT: where to put a backup, and what is there of it
     require_store "$1"
-    mark
+    mark "$1"
+    [ -z "$id" ] || echo "odb store $id"
     enter "$2" make
     [ -z "${4:-}" ] || there "$4" || echo "odb parent no"
     if there "$3"; then
@@ -120,14 +131,14 @@ publish)                        # VM ID LENGTH [FILE LENGTH]…: on standard inp
     try mv -T ".partial-$id" "$id"
     try sync .
     ;;
-cancel)                         # IMAGES VM ID: what an unfinished backup left
+cancel)                         # KNOWN VM ID: what an unfinished backup left
     require_store "$1"
     if enter "$2"; then
         discard ".partial-$3"
         cd -P .. && rmdir "$2" 2>/dev/null
     fi
     ;;
-remove)                         # IMAGES VM ID…: first the name, then the data
+remove)                         # KNOWN VM ID…: first the name, then the data
     require_store "$1"
     vm=$2
     shift 2

@@ -8,7 +8,8 @@
 
 A backup gets its finished name when everything in it is durable, and loses it
 before anything in it is deleted. Nothing is locked: names are unique, and the
-daemon runs one action at a time for each chain.
+daemon runs one action at a time for each chain. The marker's second line tells this store from
+any other one that might be mounted in its place; the daemon keeps it with the datastore.
 
 `FolderStore` has the actions that read, for a driver that can show the store as
 a directory. Those that write are the driver's own.
@@ -16,6 +17,8 @@ a directory. Those that write are the driver's own.
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, ClassVar
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 MARKER = ".oned-backup-store"
 MARKER_TEXT = b"oned-backup store, version 1\n"
+_ID = re.compile(rb"(?:[0-9a-f]{32}\n)?")
 
 
 class FolderStore(Driver):
@@ -127,7 +131,9 @@ class FolderStore(Driver):
                         list_manifests(folder, vm, manifests, unreadable)
                 except DataCorrupt as error:
                     unreadable.append((vm, error.message))
-        return {"CATALOGUE": Catalogue(tuple(manifests), tuple(unreadable)).to_xml()}
+            store = store_id(base)
+        found = Catalogue(tuple(manifests), tuple(unreadable)).to_xml()
+        return {"CATALOGUE": found, **({"STORE_ID": store} if store else {})}
 
     @contextmanager
     def open_vm(self, call: Call, vm_id: int) -> Iterator[Folder]:
@@ -143,13 +149,19 @@ def is_store(call: Call, base: Folder, *, known: bool = False) -> bool:
 
     The directory beneath a file system that is not mounted looks like an empty
     store: without the marker it is none. Backups that are there prove it too:
-    OpenNebula's stores have no marker.
+    OpenNebula's stores have no marker. `Unavailable`, too, if it is another store than it was.
     """
     marked = base.read_file(MARKER, 1024) if base.has(MARKER) else b""  # as an empty one is: of who died
-    if marked == MARKER_TEXT:
-        return True
     if marked:
-        raise Misconfigured(f"{base.path / MARKER}: not a store of a version that this program knows")
+        if not marked.startswith(MARKER_TEXT) or not _ID.fullmatch(marked[len(MARKER_TEXT) :]):
+            raise Misconfigured(f"{base.path / MARKER}: not a store of a version that this program knows")
+        expected, found = known_store_id(call), _id_in(marked)
+        if expected and found != expected:
+            raise Unavailable(
+                f"{base.path / MARKER}: this is store {found or 'without id'}, not {expected}",
+                hint="Is another disk mounted there? Mount the right one.",
+            )
+        return True
     if not known and not images_are_known(call):
         return False
     for vm in vm_names(base):
@@ -159,6 +171,28 @@ def is_store(call: Call, base: Folder, *, known: bool = False) -> bool:
     raise Unavailable(
         f"{base.path} has no {MARKER}, but backups are known to be there", hint="Is it mounted?"
     )
+
+
+def new_marker(call: Call) -> bytes:
+    """The marker of a new store, or of one that has lost it."""
+    return MARKER_TEXT + (known_store_id(call) or secrets.token_hex(16)).encode() + b"\n"
+
+
+def store_id(base: Folder) -> str:
+    """What tells the store from others; empty if it has no such thing."""
+    return _id_in(base.read_file(MARKER, 1024)) if base.has(MARKER) else ""
+
+
+def _id_in(marker: bytes) -> str:
+    return marker[len(MARKER_TEXT) :].decode("ascii", "replace").strip()
+
+
+def known_store_id(call: Call) -> str:
+    """The id of the store in which the daemon's catalogue has backups; empty if it knows none."""
+    datastore = call.request.datastore
+    if datastore is None or not images_are_known(call):
+        return ""
+    return datastore.findtext("STORE_ID", "")
 
 
 def images_are_known(call: Call) -> bool:
@@ -209,13 +243,14 @@ def vm_names(base: Folder) -> list[str]:
     return [name for name in base.names() if name.isdecimal() and name.isascii()]
 
 
-def stored_answer(manifest: Manifest) -> Answer:
-    """What `backup` answers, also when it is asked again."""
+def stored_answer(manifest: Manifest, store: str = "") -> Answer:
+    """What `backup` answers, also when it is asked again; `store` is the store's id, if it has one."""
     return {
         "BACKUP_ID": manifest.id,
         "SIZE_MB": manifest.size_mb,
         "FORMAT": "raw",  # OpenNebula's word for everything that is no RBD
         "MANIFEST": dump_on_one_line(manifest.raw),
+        **({"STORE_ID": store} if store else {}),
     }
 
 

@@ -154,6 +154,30 @@ def test_unmounted_in_the_middle(site: Simulation, disk: FaultyDisk, record_prop
     record_property("observed", "unavailable; nothing written beneath")
 
 
+@pytest.mark.fault("store", "another store in its place")
+def test_another_store_is_mounted(site: Simulation, disk: FaultyDisk, record_property: Any) -> None:
+    """As with disks that are swapped once a week: what is not on this one is not lost."""
+    newest = max(site.truth)
+    verify = f"images/{newest[0]}/verify"
+    disk.unmount()
+    marker = site.store / ".oned-backup-store"
+    marker.write_text(f"oned-backup store, version 1\n{'0' * 32}\n")
+    try:
+        said = failed(site.ended(site.submit("vms/0/backup")), "Unavailable")
+        assert "this is store 00000000000000000000000000000000, not " in said
+        failed(site.ended(site.submit(verify)), "Unavailable")
+        failed(site.ended(site.flatten(site.chain()[0])), "Unavailable")
+        body = {"to": str(site.directory / "from-another"), "format": "raw"}
+        failed(site.ended(site.submit(f"images/{newest[0]}/restore", body)), "Unavailable")
+        assert [path.name for path in site.store.iterdir()] == [marker.name]
+        assert {point["state"] for point in site.points()} == {"GOOD"}
+    finally:
+        marker.unlink()
+        disk.mount()
+    site.done(site.submit(verify))
+    record_property("observed", f"{said}; nothing is marked as broken, nothing written")
+
+
 @pytest.mark.fault("store", "unreachable at publish")
 def test_unmounted_at_publish(site: Simulation, disk: FaultyDisk, record_property: Any) -> None:
     """The disk is taken away from under a driver that has all data there, and comes back."""

@@ -16,15 +16,16 @@ from oned_backup.model.manifest import Manifest
 from oned_backup.sdk import Answer, Call, restore_points
 from oned_backup.sdk.folder_store import (
     MARKER,
-    MARKER_TEXT,
     FolderStore,
     finished_name,
     is_store,
     merged_files,
+    new_marker,
     partial_name,
     refuse_parents,
     removing_name,
     require_parent,
+    store_id,
     stored_answer,
 )
 from oned_backup.sdk.publish import Folder
@@ -55,11 +56,11 @@ class FsDatastore(FolderStore):
         vm = str(call.vm_id)
         with self.open_base(call) as base:
             if not is_store(call, base):
-                base.publish_file(MARKER, MARKER_TEXT, replace=True)
+                base.publish_file(MARKER, new_marker(call), replace=True)
             with base.make_folder(vm, exist_ok=True) as folder:
                 if not folder.has(finished_name(call.backup.id)):
                     require_parent(call, folder)
-                return stored_answer(_published(call, base, folder, call.files))
+                return stored_answer(_published(call, base, folder, call.files), store_id(base))
 
     def increment_flatten(self, call: Call) -> Answer:
         """Store the merged backup beside those that it replaces, as a backup is stored."""

@@ -21,6 +21,7 @@ from oned_backup.sdk.folder_store import (
     finished_name,
     images_are_known,
     is_store,
+    known_store_id,
     merged_files,
     refuse_parents,
     require_parent,
@@ -55,11 +56,12 @@ class RsyncDatastore(FolderStore):
 
     def backup(self, call: Call) -> Answer:
         """Send all files under a temporary name, then publish."""
-        manifest = _send(call, call.files, lambda: self._require_parent(call))
+        server = _server(call)
+        manifest = _send(call, server, call.files, lambda: self._require_parent(call))
         if manifest is None:  # asked again
             with self.open_vm(call, call.vm_id) as folder:
                 manifest = Manifests(folder)(call.backup.id)
-        return stored_answer(manifest)
+        return stored_answer(manifest, server.store_id)
 
     def _require_parent(self, call: Call) -> None:
         with self.open_vm(call, call.vm_id) as folder:
@@ -70,7 +72,7 @@ class RsyncDatastore(FolderStore):
         from oned_backup.sdk.flatten import flattened  # noqa: PLC0415 - loads the data engine
 
         with self.open_vm(call, call.vm_id) as folder:
-            manifest = _send(call, lambda: merged_files(call, folder))
+            manifest = _send(call, _server(call), lambda: merged_files(call, folder))
             return flattened(call, manifest or Manifests(folder)(call.backup.id))
 
     def backup_cancel(self, call: Call) -> None:
@@ -104,14 +106,17 @@ def _server(call: Call) -> Server:
         call.warn(warning)
     return Server(
         settings,
-        images=1 if images_are_known(call) else 0,
+        known=known_store_id(call) or ("1" if images_are_known(call) else "0"),
         alive=lambda: call.log(f"{settings.target} is at work", Level.DEBUG),
     )
 
 
 def _send(
-    call: Call, open_files: Callable[[], BackupFiles], without_parent: Callable[[], None] = lambda: None
+    call: Call,
+    server: Server,
+    open_files: Callable[[], BackupFiles],
+    without_parent: Callable[[], None] = lambda: None,
 ) -> Manifest | None:
     from oned_backup.rsync.transfer import Transfer  # noqa: PLC0415 - loads the data engine
 
-    return Transfer(call, _server(call), finished_name(call.backup.id), open_files, without_parent).complete()
+    return Transfer(call, server, finished_name(call.backup.id), open_files, without_parent).complete()

@@ -257,7 +257,7 @@ def test_a_first_backup_that_died_while_it_made_the_marker(store, disk, lab):
     store.call("monitor")
     with disk.served() as socket:
         store.backup(IDS[0], lab.exports_of(lab.export(disk, socket)))
-    assert (store.base / ".oned-backup-store").read_bytes() == MARKER_TEXT
+    assert (store.base / ".oned-backup-store").read_bytes().startswith(MARKER_TEXT)
     (store.base / ".oned-backup-store").write_bytes(b"")
     assert store.failures() == {IDS[0]: {}}
     shutil.rmtree(store.base / "7")

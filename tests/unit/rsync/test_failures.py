@@ -107,7 +107,7 @@ def test_the_server_refused(
     done = Completed(("sh",), code, stdout.encode(), stderr.encode())
     monkeypatch.setattr("oned_backup.rsync.server.remote_run", lambda *_, **__: done)
     with pytest.raises(OnedBackupError, match=text) as caught:
-        Server(Settings("u", "b", "/b"), images=0).space()
+        Server(Settings("u", "b", "/b"), known="0").space()
     assert type(caught.value) is kind
 
 
@@ -115,7 +115,7 @@ def test_what_a_login_shell_prints_is_passed_over(monkeypatch: pytest.MonkeyPatc
     said = b"Welcome to backup!\nodb begun\nodb file 12 disk.0.0\nodb space 100 60 40\nBye\n"
     done = Completed(("sh",), 0, said, b"")
     monkeypatch.setattr("oned_backup.rsync.server.remote_run", lambda *_, **__: done)
-    prepared = Server(Settings("u", "b", "/b"), images=0).prepare("7", "x")
+    prepared = Server(Settings("u", "b", "/b"), known="0").prepare("7", "x")
     assert (prepared.finished, prepared.partial, prepared.space.free) == (False, {"disk.0.0": 12}, 40)
 
 
@@ -128,4 +128,4 @@ def test_a_server_that_works_for_long_is_not_taken_for_dead(monkeypatch: pytest.
 
     monkeypatch.setattr("oned_backup.rsync.server.remote_run", slow)
     monkeypatch.setattr("oned_backup.rsync.server._BEAT_S", 0.01)
-    assert Server(Settings("u", "b", "/b"), images=0, alive=beaten.set).space().free == 1
+    assert Server(Settings("u", "b", "/b"), known="0", alive=beaten.set).space().free == 1

@@ -35,7 +35,7 @@ def test_a_backup_from_beginning_to_end(tmp_path: Path) -> None:
     assert "finished" not in answers
     total, used, free = map(int, answers["space"].split())
     assert 0 < free <= total - used
-    assert (tmp_path / ".oned-backup-store").read_text() == MARKER
+    assert (tmp_path / ".oned-backup-store").read_text().startswith(MARKER)
     partial = tmp_path / "7" / f".partial-{ID}"
     assert partial.stat().st_mode & 0o777 == 0o700
     (partial / "vm.xml").write_text("<VM/>")
@@ -91,6 +91,22 @@ def test_a_place_without_a_mark_is_no_store_if_backups_are_known(verb: str, tmp_
     assert "is not there" in ask(tmp_path / "absent", verb, "0", *words, code=69)[1]
     (tmp_path / "7" / "a78156").mkdir(parents=True)  # OpenNebula's stores have no mark
     ask(tmp_path, verb, "1", *words)
+
+
+def test_another_store_is_told_by_its_id(tmp_path: Path) -> None:
+    store = ask(tmp_path, "prepare", "0", "7", ID)[0]["store"]
+    assert len(store) == 32
+    assert ask(tmp_path, "prepare", store, "7", ID)[0]["store"] == store
+    for verb, *words in (("monitor",), ("prepare", "8", ID), ("cancel", "7", ID), ("remove", "7", ID)):
+        other = "0" * 32
+        assert f"this is store {store}, not {other}" in ask(tmp_path, verb, other, *words, code=69)[1]
+    assert sorted(path.name for path in (tmp_path / "7").iterdir()) == [f".partial-{ID}"]
+    assert not (tmp_path / "8").exists()
+    (tmp_path / ".oned-backup-store").unlink()
+    (tmp_path / "7" / "a78156").mkdir()
+    assert ask(tmp_path, "prepare", store, "7", ID)[0]["store"] == store, "a lost mark is made as it was"
+    (tmp_path / ".oned-backup-store").write_text(MARKER)  # before there were ids
+    assert "store" not in ask(tmp_path, "prepare", "1", "7", ID)[0]
 
 
 def test_a_mark_of_another_version_is_not_touched(tmp_path: Path) -> None:
