@@ -160,7 +160,7 @@ def _plan_domain(
     name = context.text("name") or _free_name(context, host, domain.findtext("name", "").strip())
     if host is None:
         return {"name": name}
-    if context.text("name") and name in _taken_names(context, host):
+    if context.text("name") and name in {there.name for there in list_domains(context.caller, host)}:
         raise Conflict(f"host {host.name} has a domain '{name}' already", hint="Choose another --name.")
     manifest = stored.manifest_of(context.services, plan.backup_id)
     device = {disk.disk_id: disk.target for disk in manifest.disks}

@@ -91,6 +91,17 @@ def test_all_that_is_restored_has_its_name(stored: World, tmp_path: Path) -> Non
     assert "web-restored-1" in define.options["DOMAIN"]
 
 
+def test_a_name_is_taken_only_by_a_domain_of_that_host(stored: World, tmp_path: Path) -> None:
+    """The catalogue's own VM of that name, elsewhere or lost, is what is being restored."""
+    assert stored.services.vm(0).name == "web"
+    done = stored.run("restore", image_id=0, to=str(tmp_path / "out"), define_host_id=0, name="web")
+    assert done.state is OperationState.DONE, done.error
+    assert "<name>web<" in stored.drivers.requests("define")[0].options["DOMAIN"]
+    stored.drivers.answers["monitor"] = lambda _request: monitored("web", "theirs")
+    refused = stored.run("restore", image_id=0, to=str(tmp_path / "2"), define_host_id=0, name="web")
+    assert "host local has a domain 'web' already" in refused.error
+
+
 def test_the_copy_of_a_vm_with_a_long_name_gets_one_that_fits(stored: World, tmp_path: Path) -> None:
     domain = DOMAIN.replace("<name>web<", f"<name>{'w' * 200}<")
     plan_with_domain(stored, domain)
