@@ -77,6 +77,11 @@ class Daemon:
                 pass
             time.sleep(0.05)
 
+    def open_files(self) -> int:
+        """How many it has open, connections among them."""
+        assert self._process is not None
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))  # noqa: PTH208 - counted only
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send it a signal; its exit code."""
         if self._process is None:

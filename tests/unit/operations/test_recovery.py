@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -104,9 +103,9 @@ def test_a_host_out_of_reach_does_not_hold_up_the_end(world: World) -> None:
     killed_in(world, "pre_backup_live", vm_id=0)
     for action in ("thaw", "abort_backup", "post_backup_live"):
         world.drivers.script[action] = [Unavailable("no route to host")] * 5
-    began = time.monotonic()
+    before = len(world.drivers.actions)
     (ended,) = recover(world.services)
-    assert time.monotonic() - began < 5
+    assert world.drivers.actions[before:] == ["thaw", "abort_backup", "post_backup_live"]  # each but once
     assert ended.state is OperationState.FAILED
     assert any("no route to host" in note for note in ended.result["notes"])
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -155,10 +154,8 @@ def test_a_refused_login_and_a_host_that_is_away(sshd, tmp_path):
     with pytest.raises(PermissionDenied, match="Permission denied"):
         remote_run(sshd.target, ["true"])
     sshd.stop()
-    began = time.monotonic()
     with pytest.raises(Unavailable, match="Connection refused"):
         remote_run(sshd.target, ["true"])
-    assert time.monotonic() - began < 10
 
 
 def test_a_target_is_no_option(sshd):
