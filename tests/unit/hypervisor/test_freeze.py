@@ -147,16 +147,17 @@ def test_error_inside_the_block_comes_out_after_the_thaw() -> None:
     assert handle.calls[-1] == f"timeout {libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK}"
 
 
-def test_note_of_another_operation_that_ends_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "op").mkdir()
-    (tmp_path / "op" / "suspended").write_text("other")
-    read_text = Path.read_text
+def test_note_of_another_operation_that_ends_meanwhile(tmp_path: Path) -> None:
+    note = tmp_path / "op" / "suspended"
+    note.parent.mkdir()
+    note.write_text("other")
 
-    def just_removed(path: Path) -> str:
-        path.unlink()
-        return read_text(path)
+    class JustRemoved(LocalHost):
+        def read_file(self, path: str, *, max_bytes: int) -> bytes | None:
+            Path(path).unlink()
+            return super().read_file(path, max_bytes=max_bytes)
 
-    monkeypatch.setattr(Path, "read_text", just_removed)
-    resume_if_noted(LocalHost(), Domain(Handle()), tmp_path)
+    handle = Handle()
+    resume_if_noted(JustRemoved(), Domain(handle), tmp_path)
+    assert not note.exists()
+    assert handle.calls == []
