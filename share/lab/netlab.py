@@ -477,7 +477,7 @@ AuthorizedKeysFile {key}.pub
 StrictModes no
 UsePAM no
 # the default of Debian's client costs a tenth of a second more for each connection
-KexAlgorithms curve25519-sha256
+KexAlgorithms curve25519-sha256,curve25519-sha256@libssh.org
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
