@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from blake3 import blake3
 from lab import Guest, data_disk, root_disk
 from product import Product
 
+SCRIPT = Path(__file__).parents[2] / "share/restore-by-hand.py"
 GUIDE = (Path(__file__).parents[2] / "share/doc/restore-by-hand.md").read_text()
 
 
@@ -109,6 +111,7 @@ def test_every_restore_point_of_a_chain(
     for disk_id, disk in enumerate(guest.disks):
         same(tmp_path / f"by-hand-2-{disk_id}.qcow2", disk.path)
     the_guides_own_commands_work(by_hand, tmp_path)
+    the_script_does_the_same(by_hand, tmp_path)
     the_domain_can_be_defined(by_hand, guest, tmp_path)
 
 
@@ -141,6 +144,27 @@ def the_guides_own_commands_work(by_hand: ByHand, directory: Path) -> None:
             script = script.replace(told, real)
         by_hand.shell(script)
         same(directory / f"guide-{number}.qcow2", directory / f"by-hand-{number}-0.qcow2")
+
+
+def the_script_does_the_same(by_hand: ByHand, directory: Path) -> None:
+    """Also when the parent is gone, and a merged backup stands for it."""
+    listed = command("python3", str(SCRIPT), str(by_hand.folder)).splitlines()
+    assert [line.split()[0] for line in listed] == by_hand.names
+    copy = directory / "merged"
+    shutil.copytree(by_hand.folder, copy)
+    parent = copy / by_hand.names[0]
+    document = json.loads((parent / "manifest.json").read_text())
+    document["backup"] |= {"id": "20991231-235959-000000", "stands_for": [parent.name]}
+    (parent / "manifest.json").write_text(json.dumps(document))
+    parent.rename(parent.with_name("20991231-235959-000000"))
+    for number, folder in enumerate((by_hand.folder, copy)):
+        target = directory / f"script-{number}.qcow2"
+        words = [str(folder), by_hand.names[-1], "1", str(target)]
+        command("python3", str(SCRIPT), *words)
+        same(target, directory / "by-hand-2-1.qcow2")
+        again = subprocess.run(["python3", SCRIPT, *words], check=False, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "exists already" in again.stderr
 
 
 def the_domain_can_be_defined(by_hand: ByHand, guest: Guest, directory: Path) -> None:
