@@ -62,7 +62,8 @@ def examine(settings_file: Path | None, uri: str | None) -> Iterator[Check]:
         client = Client(loaded.settings.socket)
         names = [datastore["driver"] for datastore in client.get("datastores")]
         yield from check_datastores(loaded.settings.all_driver_dirs, names)
-        hosts = [host for host in client.get("hosts") if host["vmm"] != "dummy"]
+        libvirts = _libvirt_drivers(loaded.settings)
+        hosts = [host for host in client.get("hosts") if host["vmm"] in libvirts]
     for host in hosts:
         reached = list(check_hosts(loaded.settings.ssh_config, [host]))
         yield from reached
@@ -115,6 +116,12 @@ def check_module(module: str, package: str) -> Check:
             )
         return Check(name, "ok", f"libvirt {_dotted(version)}")
     return Check(name, "ok", "can be imported")
+
+
+def _libvirt_drivers(settings: Settings) -> set[str]:
+    """The hypervisor drivers whose hosts can be looked at here."""
+    manifests = [driver.manifest for driver in find_drivers(settings.all_driver_dirs)]
+    return {one.name for one in manifests if one.kind is Kind.VMM and "libvirt" in one.features}
 
 
 def _drivers(settings: Settings) -> Check:

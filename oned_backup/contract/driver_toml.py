@@ -43,6 +43,7 @@ FEATURES = {
     "catalogue": "can list all backups of the store, for `datastore import`",
     "compress": "can compress what it stores",
     "nbd": "downloads into an NBD export, so that a disk can be restored to another host",
+    "libvirt": "the hosts of this hypervisor driver have libvirt's URIs",
     "ahead": "may be started before its request is there, and does nothing until then",
 }
 

@@ -40,9 +40,9 @@ def add_host(services: Services, name: str, *, uri: str, vm_mad: str, tm_mad: st
 
     `accept`: the fingerprint of its host key, which is known from now on.
     """
-    services.driver(Kind.VMM, vm_mad)
+    driver = services.driver(Kind.VMM, vm_mad)
     services.driver(Kind.TM, tm_mad)
-    target = "" if vm_mad == "dummy" else parse_uri(uri).target
+    target = parse_uri(uri).target if "libvirt" in driver.manifest.features else ""
     if accept:
         accept_key(services, target, accept)
     element = services.store.create(

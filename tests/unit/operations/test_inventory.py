@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from oned_backup.config import Settings
+from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request
 from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
@@ -23,6 +24,7 @@ from oned_backup.operations.datastores import (
 from oned_backup.operations.inventory import add_host, configure_vm, import_vms
 from oned_backup.operations.services import make_directories
 from oned_backup.runner.drivers import Driver
+from oned_backup.runner.skeleton import new_driver
 from oned_backup.store import BackupState, OperationState, SecretBox
 
 from .conftest import DOMAIN, World
@@ -193,3 +195,13 @@ def test_a_vm_that_moves_keeps_its_disks_ids_and_its_configuration(world: World)
     assert [(disk.disk_id, disk.target) for disk in vm.disks] == [(0, "vda"), (2, "vdc")]
     assert (vm.next_disk_id, vm.config, vm.backup_ids) == (3, before.config, before.backup_ids)
     assert (services.host(0).vm_ids, services.host(other.id).vm_ids) == ((), (0,))
+
+
+def test_a_hypervisor_without_libvirt_has_uris_of_its_own(world: World, tmp_path: Path) -> None:
+    new_driver(tmp_path / "drivers/vmm", "esx", Kind.VMM)
+    settings = world.services.settings.model_copy(update={"driver_dirs": (tmp_path / "drivers",)})
+    services = replace(world.services, settings=settings)
+    uri = "esx+https://admin@esx1/ha-datacenter?no_verify=1"
+    with pytest.raises(Misconfigured, match="is reached by ssh or is this machine"):
+        add_host(services, "kvm1", uri=uri, vm_mad="kvm", tm_mad="qcow2")
+    assert add_host(services, "esx1", uri=uri, vm_mad="esx", tm_mad="dummy").uri == uri
