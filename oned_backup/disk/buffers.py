@@ -62,12 +62,12 @@ class Batch:
 class Pool:
     """A fixed number of page-aligned buffers."""
 
-    def __init__(self, count: int = POOL_BUFFERS, size: int = BATCH_BYTES) -> None:
+    def __init__(self, count: int = POOL_BUFFERS) -> None:
         self.lock = threading.Lock()
         self._closed = False
         self._free: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         for _ in range(count):
-            self._free.put(Batch(self, memoryview(mmap.mmap(-1, size))))
+            self._free.put(Batch(self, memoryview(mmap.mmap(-1, BATCH_BYTES))))
 
     def take(self, *, wait: bool) -> Batch | None:
         """A free buffer; None if there is none now (not `wait`) or the pool was closed."""

@@ -15,7 +15,6 @@ from oned_backup.errors import InvalidInput
 from oned_backup.model.document import (
     ADMINISTRATOR,
     Document,
-    Owner,
     add_id,
     checked_title,
     id_list,
@@ -113,13 +112,12 @@ def new_datastore(
     name: str,
     ds_mad: str,
     parameters: Mapping[str, str],
-    owner: Owner = ADMINISTRATOR,
 ) -> Datastore:
     """The document of a new backup datastore; `parameters` checked, defaults filled in, secrets sealed."""
     element = xmldoc.build(
         "DATASTORE",
         {
-            **identity(datastore_id, name, owner),
+            **identity(datastore_id, name, ADMINISTRATOR),
             "PERMISSIONS": permissions(),
             "DS_MAD": ds_mad,
             "TM_MAD": "-",

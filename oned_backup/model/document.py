@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from oned_backup import xmldoc
 from oned_backup.errors import InvalidInput
 
-#: what OpenNebula's default umask 0177 leaves: the owner may use and manage
-DEFAULT_MODE = 0o600
-
 _MAX_NAME_CHARACTERS = 128
 _RIGHTS = tuple(f"{who}_{what}" for who in ("OWNER", "GROUP", "OTHER") for what in ("U", "M", "A"))
 
@@ -77,9 +74,9 @@ def identity(document_id: int, name: str, owner: Owner) -> dict[str, xmldoc.Cont
     }
 
 
-def permissions(mode: int = DEFAULT_MODE) -> dict[str, xmldoc.Content]:
-    """PERMISSIONS of an octal mode: use 4, manage 2, admin 1, for owner, group and other."""
-    return {right: mode >> shift & 1 for right, shift in zip(_RIGHTS, range(8, -1, -1), strict=True)}
+def permissions() -> dict[str, xmldoc.Content]:
+    """PERMISSIONS as OpenNebula's default umask 0177 leaves them: the owner may use and manage."""
+    return {right: int(right in {"OWNER_U", "OWNER_M"}) for right in _RIGHTS}
 
 
 def checked_title(name: str) -> str:

@@ -11,13 +11,10 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.document import (
     Document,
     Owner,
-    checked_title,
     id_list,
     identity,
     ids,
     permissions,
-    section,
-    shown,
 )
 from oned_backup.model.increments import Increment
 from oned_backup.model.vm import Vm
@@ -199,21 +196,6 @@ def with_state(image: Image, state: ImageState) -> Image:
     element = xmldoc.copy(image.element)
     xmldoc.put(element, "PREV_STATE", image.state)
     xmldoc.put(element, "STATE", int(state))
-    return Image(element)
-
-
-def with_error(image: Image, text: str) -> Image:
-    """`image` in ERROR with TEMPLATE/ERROR saying why."""
-    failed = with_state(image, ImageState.ERROR)
-    element = xmldoc.copy(failed.element)
-    xmldoc.put(section(element, "TEMPLATE"), "ERROR", shown(text))
-    return Image(element)
-
-
-def with_name(image: Image, name: str) -> Image:
-    """`image` under another name."""
-    element = xmldoc.copy(image.element)
-    xmldoc.put(element, "NAME", checked_title(name))
     return Image(element)
 
 

@@ -30,13 +30,15 @@ logger = logging.getLogger(__name__)
 #: for one operation's calls of drivers; with ending its driver (2 × 2 s) it stays below 30 s
 BUDGET_S = 22.0
 _GRACE_S = 2.0
+#: operations that are brought to their end at a time
+_WORKERS = 16
 
 
-def recover(services: Services, *, workers: int = 16) -> tuple[Operation, ...]:
+def recover(services: Services) -> tuple[Operation, ...]:
     """End all interrupted operations; returns them as they ended."""
     unfinished = services.store.journal.unfinished()
     began = time.monotonic()
-    with ThreadPoolExecutor(max_workers=max(min(workers, len(unfinished)), 1)) as pool:
+    with ThreadPoolExecutor(max_workers=max(min(_WORKERS, len(unfinished)), 1)) as pool:
         list(pool.map(lambda operation: _recover_one(services, operation, began + BUDGET_S), unfinished))
     for row in services.store.rows("vm"):
         if row["state"].startswith("BACKUP"):  # its operation ended without telling it

@@ -14,17 +14,18 @@ from oned_backup.sdk import ssh
 from oned_backup.sdk.process import Completed, run
 from oned_backup.ssh.command import FAILED
 
+_TIMEOUT_S = 60.0
 _SPECIAL = re.compile(r'([\\"])')
 _ABSENT = re.compile(r"No such file or directory|not found", re.IGNORECASE)
 
 
-def batch(target: str, commands: Sequence[str], *, timeout_s: float = 60.0) -> Completed:
+def batch(target: str, commands: Sequence[str]) -> Completed:
     """What `sftp` printed; it stops at the first command that fails (one that begins with `-` may).
 
     `NotFound` if that was for something that is not there; errors of the connection as `sdk.ssh` has them.
     """
     argv = ["sftp", "-F", str(ssh.config_path()), "-b", "-", "--", target]
-    done = run(argv, stdin="\n".join([*commands, ""]).encode(), timeout_s=timeout_s, check=False)
+    done = run(argv, stdin="\n".join([*commands, ""]).encode(), timeout_s=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise _failure(target, done)
     return done

@@ -354,7 +354,6 @@ class Journal:
         state: OperationState | None = None,
         kind: str | None = None,
         vm_id: int | None = None,
-        image_id: int | None = None,
         datastore_id: int | None = None,
         limit: int | None = None,
     ) -> list[Operation]:
@@ -363,7 +362,6 @@ class Journal:
             "state": state,
             "kind": kind,
             "vm_id": vm_id,
-            "image_id": image_id,
             "datastore_id": datastore_id,
         }
         wanted = {f"of_{name}": value for name, value in given.items() if value is not None}

@@ -2,13 +2,8 @@ import pytest
 
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound
-from oned_backup.model.image import (
-    image_name,
-    new_image,
-    with_error,
-    with_increment,
-    with_name,
-)
+from oned_backup.model.document import section
+from oned_backup.model.image import ImageState, image_name, new_image, with_increment, with_state
 from oned_backup.model.increments import (
     Increment,
     chain_to,
@@ -107,7 +102,8 @@ def test_names_are_opennebula_s_and_unique():
 
 
 def test_states_and_errors_are_shown(image, assert_valid):
-    failed = with_error(with_name(image(), "other"), "disk.0.0 is damaged")
+    failed = with_state(image(), ImageState.ERROR)
+    xmldoc.put(section(failed.element, "TEMPLATE"), "ERROR", "disk.0.0 is damaged")
 
     assert (failed.state_name, failed.error, failed.is_ready) == ("ERROR", "disk.0.0 is damaged", False)
     assert failed.element.findtext("PREV_STATE") == "1"
