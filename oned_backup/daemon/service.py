@@ -22,7 +22,7 @@ from oned_backup.daemon.metrics import Metrics
 from oned_backup.daemon.progress import ProgressBoard
 from oned_backup.daemon.telling import named, outcome
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
-from oned_backup.operations import prune, scrub
+from oned_backup.operations import delete, prune, scrub
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.datastores import unreadable_secrets
 from oned_backup.operations.engine import run_operation
@@ -205,7 +205,7 @@ class Service:
             with self._work:
                 if self._stopping:
                     return
-            for work in (self._queue_prunes, self._queue_scrubs, self._shorten_journal):
+            for work in (self._queue_prunes, self._queue_scrubs, self._queue_removals, self._shorten_journal):
                 try:
                     work()
                 except Exception:
@@ -220,6 +220,10 @@ class Service:
     def _queue_scrubs(self) -> None:
         for datastore_id in scrub.due(self.services):
             scrub.queue(self.services, datastore_id)
+            self.look()
+
+    def _queue_removals(self) -> None:
+        if delete.queue_overdue(self.services):
             self.look()
 
     def _shorten_journal(self) -> None:
@@ -309,6 +313,7 @@ class Service:
                 queue_again(self.services, self.services.store.journal.get(operation.id))
         except Exception as error:
             logger.exception("%s", name)
+            context.remove_work_dir()
             self._give_up(operation, error)
 
     def _tell(self, operation: Operation, name: str) -> None:

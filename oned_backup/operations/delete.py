@@ -37,7 +37,11 @@ from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.exclusion import removal_lock
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
-from oned_backup.store import BackupState, Operation, Transaction
+from oned_backup.store import BackupState, Operation, OperationState, Transaction
+
+#: what could not be removed is tried again so much later, without being asked
+_AGAIN_S = 86_400
+_REMOVING = frozenset({"delete", "remove", "retention"})
 
 
 def refuse_pinned(image: Image, increment_ids: Iterable[int]) -> None:
@@ -92,6 +96,36 @@ def owes(services: Services, vm_id: int) -> bool:
 def owing(image: Image) -> bool:
     """Whether something of an image is to go from its store."""
     return image.state == ImageState.DELETE or bool(to_remove(image))
+
+
+def overdue(services: Services) -> list[tuple[int, list[int]]]:
+    """VMs and their images, by datastore, of which something is still to go a day after that failed.
+
+    Retention looks after those that are backed up; this after the others.
+    """
+    journal, now = services.store.journal, services.clock()
+    tried: dict[int, float] = {}
+    for kind in ("remove", "delete"):
+        for operation in journal.list(kind=kind, state=OperationState.FAILED):
+            for image_id in operation.arguments.get("image_ids", [operation.image_id]):
+                tried[image_id] = max(tried.get(image_id, 0.0), operation.ended_at or 0.0)
+    found: dict[tuple[int, int], list[int]] = {}
+    for image_id in (number for number, when in sorted(tried.items()) if abs(now - when) >= _AGAIN_S):
+        with suppress(NotFound):
+            image = services.image(image_id)
+            under_way = (one for one in journal.list(vm_id=image.vm_id) if not one.state.is_final)
+            if owing(image) and not any(one.kind in _REMOVING for one in under_way):
+                found.setdefault((image.vm_id, image.datastore_id), []).append(image_id)
+    return [(vm_id, image_ids) for (vm_id, _), image_ids in found.items()]
+
+
+def queue_overdue(services: Services) -> int:
+    """Queue the removal of what is overdue; how many operations that makes."""
+    late = overdue(services)
+    with services.store.transaction() as tx:
+        for vm_id, image_ids in late:
+            queue_removal(tx, vm_id, image_ids)
+    return len(late)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def due(services: Services) -> list[int]:
         last = services.store.journal.list(kind="prune", datastore_id=datastore.id, limit=1)
         began = last[0].queued_at if last else 0.0
         waiting = bool(last) and not last[0].state.is_final
-        if not waiting and services.clock() - began >= every_s:
+        if not waiting and abs(services.clock() - began) >= every_s:
             found.append(datastore.id)
     return found
 

@@ -12,7 +12,7 @@ from oned_backup.contract.exports import (
     Reason,
     disk_file_name,
 )
-from oned_backup.errors import InvalidInput
+from oned_backup.errors import Misconfigured
 from oned_backup.hypervisor.domain import DomainDisk
 from oned_backup.model.disk import Disk
 from oned_backup.model.selection import select_disks
@@ -32,7 +32,7 @@ class Selection:
 
 
 def select(task: Task, present: Iterable[DomainDisk]) -> Selection:
-    """What of the domain's disks is backed up; `InvalidInput` if nothing is."""
+    """What of the domain's disks is backed up; `Misconfigured` if nothing is."""
     by_target = {disk.target: disk for disk in present}
     chosen, left_out = select_disks(task.vm)
     included = []
@@ -57,7 +57,7 @@ def select(task: Task, present: Iterable[DomainDisk]) -> Selection:
     )
     if not included:
         reasons = "; ".join(disk.text for disk in excluded) or "it has none"
-        raise InvalidInput(f"VM {task.vm.id}: no disk can be backed up: {reasons}")
+        raise Misconfigured(f"VM {task.vm.id}: no disk can be backed up: {reasons}")
     return Selection(tuple(included), tuple(excluded))
 
 

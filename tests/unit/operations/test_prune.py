@@ -56,6 +56,7 @@ def test_only_stores_that_need_it_are_due_and_once_a_day(world, restic):
     assert due(services) == []
     assert due(replace(services, clock=lambda: now + DAY_S - 60)) == []
     assert due(replace(services, clock=lambda: now + DAY_S + 60)) == [restic]
+    assert due(replace(services, clock=lambda: now - DAY_S - 60)) == [restic], "the clock was ahead"
 
 
 def test_what_is_queued_is_not_queued_again(world, restic):
