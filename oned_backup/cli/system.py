@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -15,6 +16,8 @@ from oned_backup.errors import Misconfigured, NoSpace
 
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 
+#: malloc.h
+_M_ARENA_MAX = -8
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
 
@@ -34,6 +37,7 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_settings(settings_file()).settings
     os.umask(0o077)
+    _allocate_from_one_arena()
     try:
         service = Service.open(settings)
     except OSError as error:
@@ -43,6 +47,14 @@ def serve(
         output.warn("some operations did not end in time: the next start brings them to an end")
         sys.stderr.flush()
         raise typer.Exit(1)
+
+
+def _allocate_from_one_arena() -> None:
+    """Keep the daemon from growing: SQLite and libxml2 fragment each of the arenas that glibc gives to threads."""
+    import ctypes  # noqa: PLC0415 - the daemon's own weight
+
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def doctor(
