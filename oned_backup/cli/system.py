@@ -50,7 +50,7 @@ def serve(
 
 
 def _allocate_from_one_arena() -> None:
-    """Keep the daemon from growing: SQLite and libxml2 fragment each of the arenas that glibc gives to threads."""
+    """Keep the daemon from growing: SQLite and libxml2 leave each of the threads' arenas in fragments."""
     import ctypes  # noqa: PLC0415 - the daemon's own weight
 
     with contextlib.suppress(AttributeError):  # another C library
