@@ -28,11 +28,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._operations = Counter(
-            "oned_backup_operations",
-            "Operations that have ended.",
-            ["kind", "state"],
-            registry=self._registry,
+        self._operations = self._counter(
+            "oned_backup_operations", "Operations that have ended.", "kind", "state"
         )
         self._seconds = self._summary("oned_backup_operation_seconds", "How long operations ran.", "kind")
         self._failures = self._counter(

@@ -25,7 +25,7 @@ from oned_backup.model.names import checked_name
 from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
-from oned_backup.operations.engine import Failure, OperationKind, retry_wait
+from oned_backup.operations.engine import Failure, OperationKind, result_of, retry_wait
 from oned_backup.operations.steps import Step, Undo
 
 _READER_WAIT_S = 30.0
@@ -246,10 +246,6 @@ def _again(context: Context, failure: Failure) -> float | None:
     return None if context.facts.get("kind") == "fifo" else retry_wait(context, failure)
 
 
-def _result(context: Context) -> Mapping[str, Any]:
-    return {name: context.facts[name] for name in ("target", "format", "salvaged") if name in context.facts}
-
-
 DOWNLOAD = OperationKind(
     name="download",
     steps=(
@@ -260,5 +256,5 @@ DOWNLOAD = OperationKind(
         Step("CLEAN", do=_clean),
     ),
     again=_again,
-    result=_result,
+    result=result_of("target", "format", "salvaged"),
 )

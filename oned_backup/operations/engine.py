@@ -60,6 +60,11 @@ def no_result(_context: Context) -> Mapping[str, Any]:
     return {}
 
 
+def result_of(*names: str) -> Callable[[Context], Mapping[str, Any]]:
+    """A `result` that tells these of an operation's facts, as far as there are any."""
+    return lambda context: {name: context.facts[name] for name in names if name in context.facts}
+
+
 def nothing_after(_context: Context, _state: OperationState, _error: OnedBackupError | None) -> None:
     """Nothing to do."""
 

@@ -40,7 +40,7 @@ from oned_backup.model.vm import (
     with_state,
 )
 from oned_backup.operations.context import Context
-from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, BackupState, Transaction
 
@@ -265,13 +265,8 @@ def _vm_of(
     return Vm(element)
 
 
-def _result(context: Context) -> Mapping[str, Any]:
-    wanted = ("backups", "images", "vms", "known", "unreadable", "left_over")
-    return {name: context.facts[name] for name in wanted if name in context.facts}
-
-
 IMPORT = OperationKind(
     name="import",
     steps=(Step("READ", do=_read), Step("RECORD", record=_import, commits=True)),
-    result=_result,
+    result=result_of("backups", "images", "vms", "known", "unreadable", "left_over"),
 )

@@ -16,7 +16,7 @@ host where the files are wanted, which without --host is this machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.domains import list_domains
-from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.services import Caller
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.together import call_together
@@ -350,23 +350,6 @@ def _keep_if_defined(context: Context) -> None:
         )
 
 
-def _result(context: Context) -> Iterator[tuple[str, Any]]:
-    wanted = (
-        "directory",
-        "backup_id",
-        "increment_id",
-        "format",
-        "placed",
-        "host",
-        "name",
-        "dropped",
-        "deploy_id",
-    )
-    for name in (*wanted, "salvaged"):
-        if name in context.facts:
-            yield name, context.facts[name]
-
-
 RESTORE = OperationKind(
     name="restore",
     steps=(
@@ -377,5 +360,16 @@ RESTORE = OperationKind(
         Step("DEFINE", do=_define, undo=Undo("KEEP", _keep_if_defined, guards=True), commits=True),
         Step("CLEAN", do=targets.clean),
     ),
-    result=lambda context: dict(_result(context)),
+    result=result_of(
+        "directory",
+        "backup_id",
+        "increment_id",
+        "format",
+        "placed",
+        "host",
+        "name",
+        "dropped",
+        "deploy_id",
+        "salvaged",
+    ),
 )

@@ -24,7 +24,7 @@ from oned_backup.model.retention import Fate, Merge, Point, RetentionPlan, Verdi
 from oned_backup.model.vm import Vm
 from oned_backup.operations.context import Context
 from oned_backup.operations.delete import cut_off, mark_image, owing, queue_removal
-from oned_backup.operations.engine import OperationKind
+from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.exclusion import retention_lock
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
@@ -163,10 +163,9 @@ def _queue_merges(tx: Transaction, vm_id: int, plan: RetentionPlan) -> list[str]
     return [queue_flatten(tx, vm_id, merge).id for merge in plan.merges]
 
 
-def _result(context: Context) -> Mapping[str, Any]:
-    return {name: context.facts[name] for name in ("vm_id", "points", "queued") if name in context.facts}
-
-
 RETENTION = OperationKind(
-    name="retention", steps=(Step("APPLY", record=_apply, commits=True),), result=_result, requeue=True
+    name="retention",
+    steps=(Step("APPLY", record=_apply, commits=True),),
+    result=result_of("vm_id", "points", "queued"),
+    requeue=True,
 )
