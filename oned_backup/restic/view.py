@@ -19,6 +19,7 @@ from pathlib import Path
 from oned_backup.errors import DataCorrupt, NotFound
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.store_folder import StoreFolder
 
 TAG = "backup="
 _FOREIGN_TAG = re.compile(r"one-(\d{1,9})", re.ASCII)
@@ -26,14 +27,14 @@ _FOREIGN_TAG = re.compile(r"one-(\d{1,9})", re.ASCII)
 _MAX_DEPTH = 16
 
 
-class StoredBackups(Folder):
+class StoredBackups(StoreFolder):
     """The finished backups of one VM. `unreadable`: how many restic_snapshots could not be read.
 
     `path`, for messages, ends with the VM's id. `job`: the name of the repository, if it is one of a job.
     """
 
     def __init__(self, mount: Path, path: Path, *, job: str = "", unreadable: int = 0) -> None:
-        super().__init__(os.open(mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        super().__init__(path)
         self._mount = mount
         self._job = job
         self._unreadable = unreadable

@@ -40,7 +40,7 @@ from oned_backup.sdk.call import Answer, Call
 from oned_backup.sdk.download import salvages, wanted_disk, write_disk
 from oned_backup.sdk.entry import Driver
 from oned_backup.sdk.opennebula import VM_XML, is_made_up, plain_vm_xml
-from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.store_folder import StoreFolder
 from oned_backup.sdk.stored import Manifests, open_layer, read_checked, small_files, verify_backup
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class FolderStore(Driver):
 
     scheme: ClassVar[str]
 
-    def open_base(self, call: Call) -> AbstractContextManager[Folder]:
+    def open_base(self, call: Call) -> AbstractContextManager[StoreFolder]:
         """BASE_PATH as a directory to read; `Unavailable` if it is not to be had."""
         raise NotImplementedError
 
@@ -136,7 +136,7 @@ class FolderStore(Driver):
         return {"CATALOGUE": found, **({"STORE_ID": store} if store else {})}
 
     @contextmanager
-    def open_vm(self, call: Call, vm_id: int) -> Iterator[Folder]:
+    def open_vm(self, call: Call, vm_id: int) -> Iterator[StoreFolder]:
         """The folder with a VM's backups, for an action on a backup that is known to exist."""
         with self.open_base(call) as base:
             is_store(call, base, known=True)
@@ -144,7 +144,7 @@ class FolderStore(Driver):
                 yield folder
 
 
-def is_store(call: Call, base: Folder, *, known: bool = False) -> bool:
+def is_store(call: Call, base: StoreFolder, *, known: bool = False) -> bool:
     """False for a place where no store was begun yet; `Unavailable` if backups are `known` to be there.
 
     The directory beneath a file system that is not mounted looks like an empty
@@ -178,7 +178,7 @@ def new_marker(call: Call) -> bytes:
     return MARKER_TEXT + (known_store_id(call) or secrets.token_hex(16)).encode() + b"\n"
 
 
-def store_id(base: Folder) -> str:
+def store_id(base: StoreFolder) -> str:
     """What tells the store from others; empty if it has no such thing."""
     return _id_in(base.read_file(MARKER, 1024)) if base.has(MARKER) else ""
 
@@ -218,13 +218,13 @@ def removing_name(backup_id: str) -> str:
     return f".removing-{finished_name(backup_id)}"
 
 
-def finished_names(folder: Folder) -> list[str]:
+def finished_names(folder: StoreFolder) -> list[str]:
     """The ids of the finished backups of a VM."""
     return [name for name in folder.names() if not name.startswith(".")]
 
 
 def list_manifests(
-    folder: Folder, where: str, manifests: list[str], unreadable: list[tuple[str, str]]
+    folder: StoreFolder, where: str, manifests: list[str], unreadable: list[tuple[str, str]]
 ) -> None:
     """Add the manifests of the finished backups of a VM, and what is wrong with those that cannot be read."""
     load = Manifests(folder)
@@ -238,7 +238,7 @@ def list_manifests(
             unreadable.append((f"{where}/{backup_id}", error.message))
 
 
-def vm_names(base: Folder) -> list[str]:
+def vm_names(base: StoreFolder) -> list[str]:
     """The folders of the VMs that have backups in the store."""
     return [name for name in base.names() if name.isdecimal() and name.isascii()]
 
@@ -254,7 +254,7 @@ def stored_answer(manifest: Manifest, store: str = "") -> Answer:
     }
 
 
-def refuse_parents(call: Call, folder: Folder, ids: Sequence[str]) -> None:
+def refuse_parents(call: Call, folder: StoreFolder, ids: Sequence[str]) -> None:
     """Raise `Conflict` if a backup in `folder` that stays continues one of `ids`."""
     load = Manifests(folder)
     found = []
@@ -273,7 +273,7 @@ def continued_id(call: Call) -> str:
     return call.backup.parent_id if exports is not None and exports.type is BackupType.INCREMENT else ""
 
 
-def require_parent(call: Call, folder: Folder) -> None:
+def require_parent(call: Call, folder: StoreFolder) -> None:
     """`NotFound` if the backup at hand continues one that is not in the store: nobody could restore it.
 
     That happens to a store that was brought back from an older copy, or that is another one.
@@ -283,7 +283,7 @@ def require_parent(call: Call, folder: Folder) -> None:
         raise NotFound(f"{folder.path / parent_id} is absent: backup {call.backup.id} cannot continue it")
 
 
-def merged_files(call: Call, folder: Folder) -> MergedFiles:
+def merged_files(call: Call, folder: StoreFolder) -> MergedFiles:
     """The files of the merged backup that `increment_flatten` is to make of some in `folder`."""
     from oned_backup.sdk.flatten import MergedFiles  # noqa: PLC0415 - loads the data engine
 
@@ -297,7 +297,7 @@ def merged_files(call: Call, folder: Folder) -> MergedFiles:
     return MergedFiles(call, Manifests(folder), layer, small)
 
 
-def _documents(call: Call, stored: Folder, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+def _documents(call: Call, stored: StoreFolder, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     """The small files of a backup; with SALVAGE without those that are damaged."""
     for file in small_files(manifest):
         try:
@@ -316,7 +316,7 @@ def _say_what_is_unproved(call: Call, manifests: Iterable[Manifest]) -> None:
         )
 
 
-def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> VerifiedBackup:
+def _verify(call: Call, folder: StoreFolder, backup_id: str, percent: int | None) -> VerifiedBackup:
     load = Manifests(folder)
     try:
         manifest = load(backup_id)
@@ -337,6 +337,6 @@ def _verify(call: Call, folder: Folder, backup_id: str, percent: int | None) -> 
     return VerifiedBackup(backup_id, found.read_bytes, (*found.failures, *lost))
 
 
-def _lost(parents: Iterable[str], folder: Folder, load: Manifests) -> list[str]:
+def _lost(parents: Iterable[str], folder: StoreFolder, load: Manifests) -> list[str]:
     """Those of `parents` that are absent, and that no other backup stands for."""
     return [name for name in parents if not folder.has(name) and load.standing_for(name) is None]

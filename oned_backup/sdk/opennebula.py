@@ -31,7 +31,7 @@ from oned_backup.contract.exports import BackupType, Reason
 from oned_backup.errors import DataCorrupt, InvalidInput, NotFound, Unsupported
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest, parse_manifest
-from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.store_folder import StoreFolder
 
 #: stands in a made-up manifest under `made_by`
 MAKER = "opennebula"
@@ -61,7 +61,7 @@ def is_image(name: str) -> bool:
     return _DISK.fullmatch(name) is not None
 
 
-def made_up_manifests(folder: Folder) -> dict[str, Manifest | DataCorrupt]:
+def made_up_manifests(folder: StoreFolder) -> dict[str, Manifest | DataCorrupt]:
     """The manifests of all backups of OpenNebula's in a VM's folder; for a damaged one, what is wrong."""
     found: dict[str, _Found | DataCorrupt] = {}
     merged: list[Manifest] = []
@@ -130,7 +130,7 @@ class _Found:
         return any(image.continues for image in self.images)
 
 
-def _look(backup_id: str, stored: Folder) -> _Found:
+def _look(backup_id: str, stored: StoreFolder) -> _Found:
     images, files, numbers, dates = [], [], set(), []
     for name in stored.names():
         descriptor = stored.open_file(name)
@@ -161,7 +161,7 @@ def _image(disk_id: int, name: str, start: bytes, file_bytes: int) -> _Image:
     return _Image(disk_id, name, header.guest_bytes, header.names_backing)
 
 
-def _identity(stored: Folder) -> tuple[str, str]:
+def _identity(stored: StoreFolder) -> tuple[str, str]:
     """The VM's name and UUID, empty where vm.xml has no valid ones."""
     from uuid import UUID  # noqa: PLC0415 - brings much along, and few stores have such backups
 
@@ -174,7 +174,7 @@ def _identity(stored: Folder) -> tuple[str, str]:
         return "", ""
 
 
-def _read_manifest(stored: Folder) -> Manifest:
+def _read_manifest(stored: StoreFolder) -> Manifest:
     try:
         return parse_manifest(
             stored.read_file(MANIFEST, _MAX_MANIFEST_BYTES), what=str(stored.path / MANIFEST)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 from oned_backup import failpoints
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
+from oned_backup.sdk.store_folder import StoreFolder
 
 if TYPE_CHECKING:
     from oned_backup.disk.filewriter import FileWriter
@@ -31,21 +32,17 @@ _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO}
 
 
-class Folder:
+class Folder(StoreFolder):
     """A directory held open; names are single components. Use it as a context manager."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(path)
         self.descriptor = descriptor
-        #: for messages only
-        self.path = path
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """The directory at an absolute path that the administrator chose; links in it are followed."""
         return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -86,14 +83,6 @@ class Folder:
             os.close(descriptor)
             raise DataCorrupt(f"{self.path / name} is not a regular file")
         return descriptor
-
-    def read_file(self, name: str, max_bytes: int) -> bytes:
-        """The content of a small file; `DataCorrupt` if it is larger than `max_bytes`."""
-        with os.fdopen(self.open_file(name), "rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise DataCorrupt(f"{self.path / name} has more than {max_bytes} bytes")
-        return data
 
     def write_file(
         self,

@@ -21,7 +21,7 @@ from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, StoredFile, parse_manifest
 from oned_backup.sdk import opennebula
 from oned_backup.sdk.files import BLOCKS_SUFFIX
-from oned_backup.sdk.publish import Folder
+from oned_backup.sdk.store_folder import StoreFolder
 
 if TYPE_CHECKING:
     from oned_backup.disk.chain import Layer
@@ -38,7 +38,7 @@ Advance: TypeAlias = Callable[[int], None]
 class Manifests:
     """The manifests of the backups in a folder, by id; each is read and proved once."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: StoreFolder) -> None:
         self._folder = folder
         self._read: dict[str, Manifest] = {}
 
@@ -92,7 +92,7 @@ def small_files(manifest: Manifest) -> tuple[StoredFile, ...]:
     return tuple(file for file in manifest.files if file.name not in of_disks)
 
 
-def read_checked(stored: Folder, file: StoredFile) -> bytes:
+def read_checked(stored: StoreFolder, file: StoredFile) -> bytes:
     """The content of a small file; `DataCorrupt` unless it is what the manifest says.
 
     One that was made up may say no more than the size.
@@ -105,7 +105,7 @@ def read_checked(stored: Folder, file: StoredFile) -> bytes:
 
 
 def open_layer(
-    stack: ExitStack, folder: Folder, manifest: Manifest, disk_id: int, *, salvage: bool = False
+    stack: ExitStack, folder: StoreFolder, manifest: Manifest, disk_id: int, *, salvage: bool = False
 ) -> Layer:
     """A disk's file in one backup, for the data engine; `stack` keeps it open.
 
@@ -133,7 +133,7 @@ def open_layer(
 
 
 def _proved_digests(
-    stack: ExitStack, stored: Folder, manifest: Manifest, file: StoredFile, *, salvage: bool
+    stack: ExitStack, stored: StoreFolder, manifest: Manifest, file: StoredFile, *, salvage: bool
 ) -> Path | None:
     """The proved digests of a disk's file; None if it has none but is proved as a whole."""
     blocks = manifest.file(file.name + BLOCKS_SUFFIX)
@@ -150,7 +150,7 @@ def _proved_digests(
 
 
 def verify_backup(
-    stored: Folder, manifest: Manifest, *, percent: int | None, advance: Advance
+    stored: StoreFolder, manifest: Manifest, *, percent: int | None, advance: Advance
 ) -> VerifiedBackup:
     """What was read of one backup, and every file that is damaged, absent, too short or foreign.
 
@@ -189,7 +189,7 @@ def verify_backup(
     return VerifiedBackup(manifest.id, read_bytes, tuple(failures))
 
 
-def _answers(stored: Folder) -> bool:
+def _answers(stored: StoreFolder) -> bool:
     """Whether the store itself is well after one file could not be read: then that file is damaged."""
     try:
         descriptor = stored.open_file(MANIFEST)
@@ -200,7 +200,7 @@ def _answers(stored: Folder) -> bool:
         return False
 
 
-def prove_file(stored: Folder, file: StoredFile, advance: Advance = lambda _: None) -> None:
+def prove_file(stored: StoreFolder, file: StoredFile, advance: Advance = lambda _: None) -> None:
     """Read a file of any size; `DataCorrupt` unless it is what the manifest says.
 
     Where no checksum is known, a qcow2 image must at least be sound.
@@ -226,7 +226,7 @@ def prove_file(stored: Folder, file: StoredFile, advance: Advance = lambda _: No
         raise DataCorrupt(f"{file.name}: checksum does not match the manifest")
 
 
-def _prove_structure(stored: Folder, file: StoredFile) -> None:
+def _prove_structure(stored: StoreFolder, file: StoredFile) -> None:
     from oned_backup.disk.qcow2 import Qcow2File  # noqa: PLC0415 - loads the data engine
     from oned_backup.disk.stored import StoredFile as Opened  # noqa: PLC0415
 
@@ -240,7 +240,7 @@ def _prove_structure(stored: Folder, file: StoredFile) -> None:
             pass
 
 
-def _is_proved(stored: Folder, blocks: StoredFile) -> bool:
+def _is_proved(stored: StoreFolder, blocks: StoredFile) -> bool:
     try:
         prove_file(stored, blocks)
     except DataCorrupt:  # named when it is its turn
@@ -249,7 +249,7 @@ def _is_proved(stored: Folder, blocks: StoredFile) -> bool:
 
 
 def _prove_sample(
-    stored: Folder, file: StoredFile, blocks: StoredFile, percent: int, advance: Advance
+    stored: StoreFolder, file: StoredFile, blocks: StoredFile, percent: int, advance: Advance
 ) -> None:
     from oned_backup.disk.scrub import verify_blocks  # noqa: PLC0415 - loads the data engine
 
@@ -270,7 +270,7 @@ def _prove_sample(
         )
 
 
-def _pin(stack: ExitStack, stored: Folder, file: StoredFile, *, any_size: bool = False) -> Path:
+def _pin(stack: ExitStack, stored: StoreFolder, file: StoredFile, *, any_size: bool = False) -> Path:
     """A path to this very file, of the right size."""
     with damage():
         descriptor = stored.open_file(file.name)
