@@ -1,8 +1,4 @@
-"""Settings: one TOML file, overridden by environment variables, with a default for everything.
-
-    /etc/oned-backup/config.toml                       root
-    $XDG_CONFIG_HOME/oned-backup/config.toml           everybody else
-    $ODB_CONFIG, or --config                           instead of these
+"""Settings: one TOML file (see `places`), overridden by environment variables, with a default for everything.
 
 A variable `ODB_<KEY>` wins over the file, `ODB_<TABLE>__<KEY>` for the keys of
 a table (`ODB_WORKERS=8`, `ODB_RETRY__FOR_S=60`). An unknown key in the file is an

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 metadata = sa.MetaData()
 
-#: facts of the installation: its id
+#: facts of the installation: its id, and which version of `model.rows` made the rows
 meta = sa.Table(
     "meta",
     metadata,
@@ -52,7 +52,6 @@ documents = sa.Table(
         "name",
         unique=True,
         sqlite_where=sa.text("kind IN ('host', 'datastore')"),
-        postgresql_where=sa.text("kind IN ('host', 'datastore')"),
     ),
     sa.Index(
         "documents_unique_domain",
@@ -60,7 +59,6 @@ documents = sa.Table(
         "uuid",
         unique=True,
         sqlite_where=sa.text("kind = 'vm' AND uuid <> ''"),
-        postgresql_where=sa.text("kind = 'vm' AND uuid <> ''"),
     ),
 )
 
@@ -118,7 +116,6 @@ operations = sa.Table(
         "lock",
         unique=True,
         sqlite_where=sa.text("state = 'RUNNING'"),
-        postgresql_where=sa.text("state = 'RUNNING'"),
     ),
     sqlite_autoincrement=True,
 )
