@@ -1,14 +1,8 @@
-"""The commands `oned-backup image`, and `download`."""
+"""The commands `oned-backup image`."""
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import sys
-import tempfile
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +11,7 @@ import typer
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, Wait, client
 from oned_backup.cli.vm import print_images
-from oned_backup.client import begin_download, is_restore_point
-from oned_backup.errors import InvalidInput, NoSpace, NotFound, OnedBackupError
+from oned_backup.errors import InvalidInput, NotFound
 
 app = typer.Typer(help="Stored backups: a chain or one full backup each.", no_args_is_help=True)
 
@@ -34,12 +27,11 @@ def _image_id(text: str) -> int:
 
 _Id = Annotated[int, typer.Argument(metavar="IMAGE", parser=_image_id, help="Id of the image.")]
 _Increment = Annotated[int | None, typer.Option("--increment", help="Its id; the newest if absent.")]
-_Salvage = Annotated[
+Salvage = Annotated[
     bool, typer.Option("--salvage", help="Fill what is damaged with zeros, list it, and exit with 79.")
 ]
-_COPY_BYTES = 1024 * 1024
 #: of so many restore points all disks are shown
-_SHORT_CHAIN = 20
+SHORT_CHAIN = 20
 
 
 @app.command("list")
@@ -59,7 +51,8 @@ def list_images(
 def show(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
     """Show every restore point of an image. Its disks with reasons, freeze, whether it was verified.
 
-    Of a long chain the disks of the newest one alone are shown; `--increment` shows those of another.
+    Of a long chain the disks of the newest one are shown, and those that were taken in full;
+    `--increment` shows those of another.
     """
     found = client().get(f"images/{image}")
     if json:
@@ -88,22 +81,30 @@ def show(image: _Id, increment: _Increment = None, *, json: Json = False) -> Non
     output.say("")
     output.print_table(
         ("INCR>", "DISK>", "TARGET", "TYPE", "REASON", "SIZE>", "STORED>"),
-        [row for point in _looked_at(found["increments"], increment) for row in _disk_rows(point)],
+        disks_shown(found["increments"], increment),
     )
+    if increment is None and len(found["increments"]) > SHORT_CHAIN:
+        output.warn("disks of other increments: --increment N")
     for point in found["increments"]:
         if point["failure"]:
             output.warn(f"increment {point['increment_id']}: {point['failure']}")
 
 
-def _looked_at(points: list[dict[str, Any]], increment: int | None) -> list[dict[str, Any]]:
-    """The restore points whose disks are shown: the one that is asked for, or as many as can be read."""
-    if increment is None:
-        return points if len(points) <= _SHORT_CHAIN else points[-1:]
-    wanted = [point for point in points if point["increment_id"] == increment]
-    if not wanted:
-        known = ", ".join(str(point["increment_id"]) for point in points[-_SHORT_CHAIN:])
-        raise NotFound(f"there is no increment {increment}", hint=f"The newest are {known}.")
-    return wanted
+def disks_shown(points: Sequence[Mapping[str, Any]], increment: int | None) -> list[tuple[Any, ...]]:
+    """Rows for the disks of the restore point that is asked for, or of all.
+
+    Of a long chain: those of the newest, and all that were taken in full, each with its reason.
+    """
+    if increment is not None:
+        wanted = [point for point in points if point["increment_id"] == increment]
+        if not wanted:
+            known = ", ".join(str(point["increment_id"]) for point in points[-SHORT_CHAIN:])
+            raise NotFound(f"there is no increment {increment}", hint=f"The newest are {known}.")
+        return _disk_rows(wanted[0])
+    if len(points) <= SHORT_CHAIN:
+        return [row for point in points for row in _disk_rows(point)]
+    in_full = [row for point in points[:-1] for row in _disk_rows(point) if row[3] == "FULL"]
+    return in_full + _disk_rows(points[-1])
 
 
 def _freeze(freeze: Mapping[str, Any]) -> str:
@@ -248,7 +249,7 @@ def restore(
     no_ip: Annotated[
         bool, typer.Option("--no-ip", help="With new MAC addresses, so that it can run beside the original.")
     ] = False,
-    salvage: _Salvage = False,
+    salvage: Salvage = False,
     space_check: Annotated[
         bool, typer.Option("--space-check/--no-space-check", help="Look for free space in DIR first.")
     ] = True,
@@ -277,10 +278,11 @@ def restore(
         "check_space": space_check,
     }
     operation = api.post(f"images/{image}/restore", body)
-    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_restored)
+    follow.conclude(api, operation, wait=wait, as_json=json, show=show_restored)
 
 
-def _show_restored(operation: Mapping[str, Any]) -> None:
+def show_restored(operation: Mapping[str, Any]) -> None:
+    """What a restore has made, and where."""
     result = operation["result"]
     where = f" on {result['host']}" if "host" in result else ""
     output.say(f"increment {result['increment_id']} restored in {follow.elapsed(operation)}{where}:")
@@ -290,98 +292,3 @@ def _show_restored(operation: Mapping[str, Any]) -> None:
         output.say(f"  left out of the domain: {dropped}")
     if "deploy_id" in result:
         output.say(f"domain {result['deploy_id']} defined")
-
-
-def download(
-    url: Annotated[
-        str,
-        typer.Argument(
-            metavar="URL|IMAGE[:INCREMENT]",
-            help="Pseudo-URL of a disk (`image ls` prints them), or a whole restore point.",
-        ),
-    ],
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A file, a block device, HOST:/PATH for a new file there, or - for standard output;"
-            " a directory or HOST:/DIRECTORY for a restore point.",
-        ),
-    ],
-    image_format: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "raw",
-    *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")] = False,
-    salvage: _Salvage = False,
-    json: Json = False,
-) -> None:
-    """Restore a disk by its URL, or a restore point. All disks of it side by side."""
-    whole = is_restore_point(url)
-    if whole and target == "-":
-        raise InvalidInput(
-            f"restore point {url} is several files: name a directory",
-            hint="`image ls` has the pseudo-URL of each disk; one disk may go to standard output.",
-        )
-    if target == "-":
-        _download_to_stdout({"url": url, "format": image_format, "salvage": salvage})
-        return
-    api = client()
-    operation = begin_download(
-        api, url, target, image_format=image_format, overwrite=overwrite, salvage=salvage
-    )
-    show = _show_restored if whole else _show_downloaded
-    follow.conclude(api, operation, wait=True, as_json=json, show=show)
-
-
-def _show_downloaded(operation: Mapping[str, Any]) -> None:
-    output.say(f"{operation['result']['target']}: restored in {follow.elapsed(operation)}")
-
-
-def _download_to_stdout(body: Mapping[str, Any]) -> None:
-    """The daemon's driver writes into a FIFO of ours; what comes out goes to stdout."""
-    api = client()
-    directory = Path(tempfile.mkdtemp(prefix="oned-backup-"))
-    try:
-        fifo = directory / "stream"
-        os.mkfifo(fifo, 0o600)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        ended = threading.Event()
-        operation = api.post("downloads", {**body, "target": str(fifo)})
-        trouble: list[OSError] = []
-        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended, trouble), daemon=True)
-        copier.start()
-        # Once this command is gone, nobody reads what the operation writes.
-        finished = follow.follow(api, operation, quiet=sys.stdout.isatty(), goes_on=False)
-        ended.set()
-        copier.join()
-        if trouble:
-            kind = NoSpace if trouble[0].errno == errno.ENOSPC else OnedBackupError
-            raise kind(f"standard output: {trouble[0].strerror}")
-        follow.conclude(api, finished, wait=True, as_json=False, show=lambda _view: None)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _copy_to_stdout(reader: int, ended: threading.Event, trouble: list[OSError]) -> None:
-    """Copy until the writer has come and gone, or the operation has ended without one.
-
-    What goes wrong with standard output is put into `trouble`; closing the FIFO ends the operation.
-    """
-    import select  # noqa: PLC0415 - only here
-
-    poller = select.poll()
-    poller.register(reader, select.POLLIN)
-    try:
-        while True:
-            events = dict(poller.poll(100)).get(reader, 0)
-            if events & select.POLLIN:
-                view = memoryview(os.read(reader, _COPY_BYTES))
-                while view:
-                    view = view[os.write(sys.stdout.fileno(), view) :]
-            elif events & select.POLLHUP or ended.is_set():
-                return
-    except BrokenPipeError:
-        return
-    except OSError as error:
-        trouble.append(error)
-    finally:
-        os.close(reader)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from oned_backup import __version__
-from oned_backup.cli import datastore, driver, host, image, operation, output, session, system, vm
+from oned_backup.cli import datastore, download, driver, host, image, operation, output, session, system, vm
 from oned_backup.errors import InvalidInput, NoSpace, OnedBackupError
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app.add_typer(host.app, name="host")
 app.add_typer(vm.app, name="vm")
 app.add_typer(datastore.app, name="datastore")
 app.add_typer(image.app, name="image")
-app.command()(image.download)
+app.command()(download.download)
 app.add_typer(operation.app, name="operation")
 app.add_typer(driver.app, name="driver")
 
