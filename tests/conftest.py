@@ -10,8 +10,17 @@ import signal
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.faults.table import FaultTable, note_faults
+
+# How fast the machine is decides nothing; fixtures may serve all examples of a test.
+settings.register_profile(
+    "oned-backup",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("oned-backup")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

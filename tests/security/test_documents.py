@@ -101,7 +101,7 @@ def mutate(root: xmldoc.Element, mutations: list[tuple[str, int, str]]) -> xmldo
 
 @pytest.mark.fault("security", "nonsense where documents, URLs, manifests or answers are due")
 @pytest.mark.parametrize("name", DOCUMENTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(mutations=MUTATIONS)
 def test_a_document_is_typed_or_refused(name: str, mutations: list[tuple[str, int, str]]) -> None:
     root, typed = DOCUMENTS[name]

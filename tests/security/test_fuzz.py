@@ -72,7 +72,6 @@ def test_nothing_that_is_read_from_outside_is_a_fault(name: str) -> None:
 
     @settings(
         max_examples=_EXAMPLES.get(name, 200),
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
     )

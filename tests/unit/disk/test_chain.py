@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oned_backup.disk.chain import ChainReader, Layer, merge_ranges
@@ -38,7 +38,7 @@ def commands(size: int, operations: list[tuple[str, float, int, int, int]]) -> l
     return result
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(
     size=st.sampled_from(SIZES),
     epochs=st.lists(epoch, min_size=2, max_size=4),

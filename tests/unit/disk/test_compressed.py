@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from blake3 import blake3
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oned_backup.disk.buffers import Batch, Part, batches
@@ -112,7 +112,7 @@ kinds = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(full=kinds, newer=kinds, cut=st.sampled_from([0, 0, 512, CLUSTER - 512]), seed=st.integers(0, 9))
 def test_a_chain_of_compressed_images(qemu, full: list[str], newer: list[str], cut: int, seed: int) -> None:
     chance = random.Random(seed)
@@ -234,7 +234,7 @@ def test_a_malicious_cluster_costs_no_memory(qemu, packed: Layer) -> None:
         assert peak_bytes() - before < 64 * MIB
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=200), frame=st.booleans())
 def test_whatever_the_bytes_are_a_codec_gives_a_cluster_or_nothing(data: bytes, frame: bool) -> None:
     start = b"\x28\xb5\x2f\xfd" if frame else b""

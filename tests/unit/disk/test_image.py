@@ -106,7 +106,7 @@ def test_more_data_than_one_refcount_block_counts(
 runs = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.booleans()), max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(runs, st.integers(0, CLUSTER), st.data())
 def test_any_layout_reads_the_same_in_order_and_at_random(
     runs: list[tuple[int, int, bool]], tail: int, draw: st.DataObject

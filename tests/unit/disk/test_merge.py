@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oned_backup.disk.chain import Layer
@@ -78,7 +78,7 @@ def merged(
     return layer
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     patterns=st.lists(layer_patterns(), min_size=3, max_size=5),
     first=st.integers(0, 2),

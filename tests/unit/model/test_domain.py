@@ -352,7 +352,7 @@ _FREE_TEXTS = {
 
 
 @pytest.mark.fault("security", "domain XML that reaches into the host")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(_elements, max_size=8), st.lists(_elements, max_size=8))
 def test_no_hostile_document_names_a_file_of_the_host(top, devices):
     hostile = etree.Element("domain", type="kvm")

@@ -283,7 +283,6 @@ def test_restore_points_survive_everything(empty_database: Path, monkeypatch: py
         settings=settings(
             max_examples=12,
             stateful_step_count=20,
-            deadline=None,
             derandomize=True,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

@@ -1,7 +1,7 @@
 import threading
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
@@ -180,7 +180,7 @@ texts = st.text(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(name=texts, value=texts.map(lambda text: f"a\n\t{text}\r\nb"))
 def test_every_document_comes_back_as_it_was(store, name, value):
     element = new_host(0, name="x").element
