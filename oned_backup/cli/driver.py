@@ -70,7 +70,8 @@ def check(
     values: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Parameters of a datastore to use; KEY=@FILE reads a secret."
+            metavar="KEY=VALUE",
+            help="Parameters of a datastore to use, or URI=… of a host; KEY=@FILE reads a secret.",
         ),
     ] = None,
     store: Annotated[

@@ -44,10 +44,10 @@ class Called:
         except OnedBackupError as error:
             raise self.unmet(error.message) from error
 
-    def element(self, key: str) -> xmldoc.Element:
+    def element(self, key: str, kind: Kind = Kind.DATASTORE) -> xmldoc.Element:
         """The document that it printed under `key`."""
         try:
-            return document(self.answer(), key)
+            return document(self.answer(kind), key)
         except OnedBackupError as error:
             raise self.unmet(error.message) from error
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from oned_backup.errors import InvalidInput, OnedBackupError
 from oned_backup.runner.drivers import load_driver
-from oned_backup.runner.kit import faults, general, merging, safety, storing
+from oned_backup.runner.kit import faults, general, hypervisors, merging, safety, storing
 from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.clause import CLAUSES, Clause, ClauseResult, NotApplicable, Report, Status, Unmet
 from oned_backup.runner.kit.settings import Settings, load_settings
 
 #: imported so that their clauses are in the table
-MODULES = (general, storing, safety, faults, merging)
+MODULES = (general, storing, safety, faults, merging, hypervisors)
 
 
 def check_driver(

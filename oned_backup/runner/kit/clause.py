@@ -75,13 +75,18 @@ class Clause:
     check: Check
 
 
+_KINDS = {"DS": frozenset({Kind.DATASTORE}), "VMM": frozenset({Kind.VMM})}
+
 #: all clauses by id
 CLAUSES: dict[str, Clause] = {}
 
 
 def clause(clause_id: str, title: str) -> Callable[[Check], Check]:
-    """Enter a function into `CLAUSES`. Ids that begin with DS- are for datastores, ALL- for all kinds."""
-    kinds = frozenset({Kind.DATASTORE} if clause_id.startswith("DS-") else Kind)
+    """Enter a function into `CLAUSES`. Ids that begin with DS- are for datastores, ALL- for all kinds.
+
+    Those with VMM- are for hypervisors.
+    """
+    kinds = _KINDS.get(clause_id.partition("-")[0], frozenset(Kind))
 
     def enter(check: Check) -> Check:
         if clause_id in CLAUSES:

@@ -63,4 +63,4 @@ def test_the_example_is_clean_shell(shelf):
 
 
 def test_the_clauses_that_the_specification_names_are_those_of_the_kit():
-    assert set(re.findall(r"\[((?:ALL|DS)-\d\d)\]", SPECIFICATION)) == set(CLAUSES)
+    assert set(re.findall(r"\[((?:ALL|DS|VMM)-\d\d)\]", SPECIFICATION)) == set(CLAUSES)
