@@ -20,7 +20,7 @@ import pytest
 from backed_up_vm import BackedUpVm, command
 from lab import Guest, LabDisk, Libvirtd, disk_xml, wait_for
 
-from oned_backup.errors import Busy, OnedBackupError, Unavailable
+from oned_backup.errors import Busy, Misconfigured, Unavailable
 from oned_backup.hypervisor.backup_job import JobDisk, job_xml
 from oned_backup.model.backup_config import BackupConfig, Mode
 from oned_backup.model.names import checkpoint_name
@@ -79,7 +79,11 @@ def test_it_grows_while_it_runs(vm: BackedUpVm, record_property: Observed) -> No
     assert reasons(vm) == "increment, increment"
     vm.guest.domain.blockResize("vda", 24 * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
     write(vm, "write -P 9 20M 64k", "write -P 9 1M 64k")
-    record_property("observed", reasons(vm))
+    said = reasons(vm)
+    assert said == "increment, increment"
+    size = vm.points[-1].disk("vda").size_bytes
+    assert size == 24 * MIB
+    record_property("observed", f"{said}; {size >> 20} MiB")
     vm.assert_survived()
 
 
@@ -287,7 +291,7 @@ def test_odd_names_and_paths(
 @pytest.mark.fault("odd inputs", "no disk that can be backed up")
 def test_no_disk_is_left(vm: BackedUpVm, record_property: Observed) -> None:
     vm.config = BackupConfig(mode=Mode.INCREMENT, disk_ids=(7,))
-    with pytest.raises(OnedBackupError, match=r"no disk can be backed up: .*vda") as refused:
+    with pytest.raises(Misconfigured, match=r"no disk can be backed up: .*vda") as refused:
         vm.backup()
     record_property("observed", f"{type(refused.value).__name__}: {refused.value}")
     vm.assert_nothing_left("op-000000000001")
@@ -314,8 +318,11 @@ def test_libvirtd_dies_and_then_the_host(short_dir: Path, record_property: Obser
         lost = folder / "lost"
         lost.mkdir()
         vm.document = lambda: known  # type: ignore[method-assign]
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="libvirt at") as refused:
             vm.tm("pre_backup_live", vm.next_backup(), files=lost, operation_id="op-00000000dead")
+        assert not vm.socket_dir.exists() or list(vm.socket_dir.iterdir()) == []
+        said = f"{type(refused.value).__name__}: {str(refused.value).replace(str(server.directory), '…')}"
+        record_property("observed", ["hypervisor unreachable before the freeze", said])
         del vm.document
         server.resume()
         vm.guest.domain = server.connection.lookupByName("alone")
@@ -326,6 +333,7 @@ def test_libvirtd_dies_and_then_the_host(short_dir: Path, record_property: Obser
         os.kill(vm.guest.pid, signal.SIGKILL)
         server.restart()
         vm.guest.domain = server.connection.lookupByName("alone")
-        record_property("observed", f"{restarted} when libvirtd is back, {reasons(vm)} when the host is")
+        record_property("observed", ["libvirtd restarted between backups", restarted])
+        record_property("observed", ["host rebooted", reasons(vm)])
         vm.assert_survived()
         vm.guest.destroy()

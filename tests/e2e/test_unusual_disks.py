@@ -100,6 +100,7 @@ def sharing(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[list[Guest]]:
         guest.destroy()
 
 
+@pytest.mark.whole_matrix
 @pytest.mark.fault("odd inputs", "shareable disk that another running VM has, too")
 def test_a_shared_disk_is_refused_before_the_freeze_while_others_use_it(
     sharing: list[Guest], back_up: BackUp, record_property: Observed

@@ -2,10 +2,11 @@
 
 `catalogue.toml` has every fault with what is expected of us. A test says by
 `@pytest.mark.fault("guest", "agent hung")` which of them it proves (a parameter may say it as
-well), and may tell with `record_property("observed", "…")` what it saw. A run with
-`--fault-table` notes the outcomes in `observed.json`, where tests that did not run keep
-theirs, and writes `share/doc/fault-table.md` from both. `test_fault_table.py` fails when the
-three disagree, so each fault that is marked has been tried, and each that is not says why.
+well), and may tell with `record_property("observed", "…")` what it saw, of one of several faults
+with `["its name", "…"]`. A run with `--fault-table` notes the outcomes in `observed.json`,
+where tests that did not run keep theirs, and writes `share/doc/fault-table.md` from both.
+`test_fault_table.py` fails when the three disagree, so each fault that is marked has been
+tried, and each that is not says why.
 """
 
 from __future__ import annotations
@@ -40,14 +41,40 @@ class Fault:
 
 
 @dataclass
-class Proof:
-    """What a test has shown of one fault; `whole`: it runs with `--whole-matrix` only."""
+class Seen:
+    """What a case of a test has shown of one fault, and when; `whole`: it runs with `--whole-matrix` only."""
 
     outcome: str
-    cases: int
     words: list[str]
     seen: str
     whole: bool = False
+
+
+@dataclass
+class Proof:
+    """What a test has shown of one fault: each of its cases, by their parameters, when it last ran."""
+
+    cases: dict[str, Seen]
+
+    @property
+    def outcome(self) -> str:
+        """`passed` if all of them have."""
+        return next((case.outcome for case in self.cases.values() if case.outcome != "passed"), "passed")
+
+    @property
+    def words(self) -> list[str]:
+        """What they told."""
+        return list(dict.fromkeys(word for case in self.cases.values() for word in case.words))
+
+    @property
+    def seen(self) -> str:
+        """When the one that was not run for the longest time was run."""
+        return min(case.seen for case in self.cases.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of them runs by default."""
+        return all(case.whole for case in self.cases.values())
 
 
 def catalogue() -> dict[Row, Fault]:
@@ -69,7 +96,9 @@ def observed() -> dict[Row, dict[str, Proof]]:
     """What the last runs saw, by fault and test."""
     stored = json.loads(OBSERVED.read_text()) if OBSERVED.exists() else {}
     return {
-        (group, name): {test: Proof(**proof) for test, proof in tests.items()}
+        (group, name): {
+            test: Proof({case: Seen(**seen) for case, seen in cases.items()}) for test, cases in tests.items()
+        }
         for group, rows in stored.items()
         for name, tests in rows.items()
     }
@@ -103,7 +132,8 @@ class _Case:
     outcome: str = "passed"
     #: an interrupted one has shown nothing
     is_over: bool = False
-    words: list[str] = field(default_factory=list)
+    #: what it saw, of the fault of that name or, with an empty one, of all of its faults
+    words: list[tuple[str, str]] = field(default_factory=list)
 
 
 class FaultTable:
@@ -123,7 +153,8 @@ class FaultTable:
         if report.outcome != "passed" and case.outcome != "failed":
             case.outcome = report.outcome
         case.is_over |= report.when == "teardown"
-        case.words = [str(word) for word in said.get("observed", [])]
+        words = said.get("observed", [])
+        case.words = [(word[0], word[1]) if isinstance(word, list) else ("", str(word)) for word in words]
 
     def pytest_sessionfinish(self) -> None:
         with CATALOGUE.open() as lock:  # of several runs at the same time
@@ -134,15 +165,11 @@ class FaultTable:
         proofs: dict[Row, dict[str, Proof]] = {}
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
         for nodeid, case in sorted(self._cases.items()):
-            test = nodeid.partition("[")[0]
+            test, _, parameters = nodeid.partition("[")
             for row in case.rows if case.is_over else ():
-                proof = proofs.setdefault(row, {}).setdefault(
-                    test, Proof("passed", 0, [], today, whole=case.whole)
-                )
-                proof.cases += 1
-                proof.words += [word for word in case.words if word not in proof.words]
-                if case.outcome != "passed" and proof.outcome != "failed":
-                    proof.outcome = case.outcome
+                words = [text for name, text in case.words if name in {"", row[1]}]
+                proof = proofs.setdefault(row, {}).setdefault(test, Proof({}))
+                proof.cases[parameters.removesuffix("]")] = Seen(case.outcome, words, today, case.whole)
         return proofs
 
 
@@ -159,15 +186,31 @@ def note_faults(items: list[pytest.Item]) -> None:
 
 
 def merged(old: dict[Row, dict[str, Proof]], new: dict[Row, dict[str, Proof]]) -> dict[Row, dict[str, Proof]]:
-    """The old results with the new ones in their places, without those of tests that are no more."""
+    """The old results with the new ones in their places, without those of tests that are no more.
+
+    Cases that did not run keep theirs: a run of some must not hide how the others ended.
+    """
     still = marked()
     result: dict[Row, dict[str, Proof]] = {}
     for row in catalogue():
-        proofs = {**old.get(row, {}), **new.get(row, {})}
+        before, now = old.get(row, {}), new.get(row, {})
+        nothing = Proof({})
+        proofs = {
+            test: _together(before.get(test, nothing), now.get(test, nothing))
+            for test in before.keys() | now.keys()
+        }
         kept = {test: proofs[test] for test in sorted(proofs) if _exists(test, still.get(row, set()))}
         if kept:
             result[row] = kept
     return result
+
+
+def _together(old: Proof, new: Proof) -> Proof:
+    """A test has either parameters or one case without."""
+    kept = {
+        case: seen for case, seen in old.cases.items() if not new.cases or bool(case) != ("" in new.cases)
+    }
+    return Proof({**kept, **new.cases})
 
 
 def _exists(test: str, files: set[str]) -> bool:
@@ -179,7 +222,10 @@ def write(proofs: dict[Row, dict[str, Proof]]) -> None:
     """Note the results, and write the document."""
     stored: dict[str, dict[str, dict[str, Any]]] = {}
     for (group, name), tests in proofs.items():
-        stored.setdefault(group, {})[name] = {test: vars(proof) for test, proof in tests.items()}
+        stored.setdefault(group, {})[name] = {
+            test: {case: vars(proof.cases[case]) for case in sorted(proof.cases)}
+            for test, proof in tests.items()
+        }
     OBSERVED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
     DOCUMENT.write_text(document(catalogue(), proofs))
 
@@ -209,7 +255,7 @@ def document(faults: dict[Row, Fault], proofs: dict[Row, dict[str, Proof]]) -> s
             total=len(faults),
             proved=len(proofs),
             tests=len({test for tests in proofs.values() for test in tests}),
-            cases=sum(proof.cases for proof in every),
+            cases=sum(len(proof.cases) for proof in every),
             failing=sum(any(p.outcome != "passed" for p in tests.values()) for tests in proofs.values()),
             untested=len(faults.keys() - proofs.keys()),
         )
@@ -229,7 +275,7 @@ def _evidence(fault: Fault, tests: dict[str, Proof]) -> tuple[str, str]:
         return f"untested: {fault.untested}" if fault.untested else "**untested**", ""
     words = list(dict.fromkeys(word for proof in tests.values() for word in proof.words))
     bad = [f"**{proof.outcome}**" for proof in tests.values() if proof.outcome != "passed"]
-    cases = sum(proof.cases for proof in tests.values())
+    cases = sum(len(proof.cases) for proof in tests.values())
     text = ", ".join(bad) if bad else "; ".join(words) or "as expected"
     text += f" ({cases} cases)" if cases > 1 else ""
     text += f", {max(proof.seen for proof in tests.values())}"

@@ -19,6 +19,7 @@ from lab import Libvirtd, wait_for
 
 from oned_backup.errors import DaemonUnreachable
 from oned_backup.hypervisor.guardian import on_guard
+from tests.faults.daemon_site import DaemonSite
 from tests.faults.live import LiveSite, live_site
 
 pytestmark = pytest.mark.guest
@@ -242,6 +243,57 @@ def test_a_job_and_bitmaps_of_others_are_not_touched(site: LiveSite) -> None:
     domain.checkpointLookupByName("theirs").delete(0)
     site.assert_sound()
     assert site.backup_and_compare() == "INCREMENT"
+
+
+@pytest.mark.whole_matrix
+@pytest.mark.fault("daemon", "two daemons that back up one guest")
+@pytest.mark.fault("concurrency", "two backups of one domain at the hypervisor")
+def test_another_daemon_backs_up_the_same_guest(
+    site: LiveSite, record_property: Callable[[str, object], None]
+) -> None:
+    directory = site.directory / "2"
+    directory.mkdir()
+    other = DaemonSite(directory)
+    other.arm()
+    other.start(ODB_RETRY__FOR_S="1")
+    try:
+        other.client.post("hosts", {"name": "local", "uri": site.guest.uri})
+        other.client.post("hosts/0/import", {"domains": ["web"]})
+        values = {"BASE_PATH": str(other.store)}
+        other.client.post("datastores", {"name": "theirs", "driver": "fs", "values": values})
+        other.client.patch("vms/0/config", {"values": {"MODE": "INCREMENT", "FS_FREEZE": "AGENT"}})
+        assert other.done(other.submit("vms/0/backup"))["type"] == "FULL"
+        assert site.backup_and_compare() == "INCREMENT"
+        before = site.bitmaps()
+
+        site.set(FS_FREEZE="AGENT")
+        operation_id, gate = site.held_backup("fs.backup.disk.chunk")
+        refused = other.ended(other.submit("vms/0/backup"))["error"]
+        assert (refused["code"], "somebody else" in refused["message"]) == ("Busy", True)
+        record_property("observed", refused["message"].partition(", at ")[0])
+        assert site.guest.has_backup_job()
+        other.product.kill()
+        other.start()
+        other.wait_recovered()
+        assert site.guest.has_backup_job(), "it is not theirs"
+        gate.unlink()
+        assert site.done(operation_id)["type"] == "INCREMENT"
+        site.learn()
+
+        assert other.done(other.submit("vms/0/backup"))["type"] == "INCREMENT"
+        assert site.backup_and_compare() == "INCREMENT"
+        assert {target: len(names) for target, names in site.bitmaps().items()} == {
+            target: len(names) for target, names in before.items()
+        }
+        other.done(other.submit("images/0", method="delete"))
+        theirs = f"odb-{other.client.get('status')['installation']}-"
+        domain = site.libvirtd.connection.lookupByName("web")
+        for name in site.checkpoints():
+            if name.startswith(theirs):
+                domain.checkpointLookupByName(name).delete(0)
+    finally:
+        other.tear_down()
+    site.assert_sound()
 
 
 def test_every_restore_point_is_still_what_it_was(site: LiveSite) -> None:

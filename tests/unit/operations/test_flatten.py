@@ -18,6 +18,7 @@ from oned_backup.model.names import checkpoint_name
 from oned_backup.model.pruning import pinned, to_remove, with_pin
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import mark_broken
+from oned_backup.operations.delete import queue_overdue
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.inventory import configure_vm
 from oned_backup.operations.kinds import KINDS
@@ -126,6 +127,24 @@ def test_a_store_that_cannot_remove_is_asked_again_by_the_next_retention(
     assert len(again.result["queued"]) == 1
     world.run_queued()
     assert to_remove(world.services.image(0)) == ()
+
+
+@pytest.mark.fault("store", "unreachable at delete")
+def test_a_store_that_cannot_remove_is_asked_again_a_day_later(world: World, chain: list[str]) -> None:
+    """Also of a VM that is not backed up any more."""
+    world.drivers.script["rm"] = [Unavailable("no route to host")] * 200
+    flatten(world, 0, 1)
+    world.run_queued()
+    assert to_remove(world.services.image(0)) == tuple(chain[:2])
+    world.drivers.script["rm"] = []
+    services = world.services
+    assert queue_overdue(services) == 0
+    tomorrow = replace(services, clock=lambda: services.clock() + 86_400)
+    assert queue_overdue(tomorrow) == 1
+    assert queue_overdue(tomorrow) == 0, "it is queued"
+    world.run_queued()
+    assert to_remove(services.image(0)) == ()
+    assert queue_overdue(tomorrow) == 0
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -48,6 +48,7 @@ def test_a_store_whose_removals_free_space_at_once_has_nothing_to_prune(world):
     assert world.drivers.actions == []
 
 
+@pytest.mark.fault("odd inputs", "clock that goes backwards")
 def test_only_stores_that_need_it_are_due_and_once_a_day(world, restic):
     services = world.services
     now = services.clock()

@@ -330,6 +330,7 @@ def test_one_whose_end_was_asked_for_is_not_postponed(store: Store) -> None:
     assert ended.ended_at is not None
 
 
+@pytest.mark.fault("odd inputs", "clock that goes backwards")
 def test_a_clock_that_was_ahead_holds_no_operation_back(store: Store) -> None:
     operation = store.journal.enqueue("backup", "vm:1", {})
     store.journal.claim()
