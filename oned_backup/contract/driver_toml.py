@@ -158,6 +158,8 @@ def _parameters(path: Path, raw: object) -> dict[str, Parameter]:
     for name, settings in raw.items():
         if not _PARAMETER_NAME.fullmatch(name) or not isinstance(settings, dict):
             raise Misconfigured(f"{path}: [parameters.{name}] is not a table with an upper-case name")
+        if name == "ID":
+            raise Misconfigured(f"{path}: [parameters.ID]: ODB_DS_ID is the number of the datastore")
         try:
             parameter = Parameter(name=name, **settings)
             re.compile(parameter.pattern)

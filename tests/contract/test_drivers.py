@@ -106,3 +106,6 @@ def test_a_broken_manifest_says_which(shelf: Path) -> None:
     (shelf / "driver.toml").write_text("spec = 2\n")
     with pytest.raises(Misconfigured, match="spec is 2, this version knows 1"):
         load_driver(shelf)
+    (shelf / "driver.toml").write_text('spec = 1\nkind = "datastore"\nname = "shelf"\n[parameters.ID]\n')
+    with pytest.raises(Misconfigured, match="ODB_DS_ID is the number of the datastore"):
+        load_driver(shelf)
