@@ -2,7 +2,8 @@
 
 Everything is taken from the manifests in the store, so that it works for a
 store whose catalogue is lost. `Load` gives the manifest of a backup id, or
-raises `NotFound`, `DataCorrupt` or `Unavailable`.
+raises `NotFound`, `DataCorrupt` or `Unavailable`; only one that is a `sdk.stored.Manifests`
+also finds a backup that stands for another and that nobody has named.
 
 A parent may have been merged into another backup that stands for it (see
 `model.manifest`). Which of the two counts while both are stored is for the

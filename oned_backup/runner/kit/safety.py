@@ -17,7 +17,8 @@ from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.disturbances import cancel_after, cancel_at_state, filled_files
 from oned_backup.runner.process import Cancellation, Limits
 
-_GRACE_S = 5.0
+#: the daemon's patience after TERM (2.7 of the specification)
+_GRACE_S = 10.0
 #: what a repository's own indexes and logs may grow by
 _BOOKKEEPING_BYTES = 128 << 10
 #: when to end a backup: after this share of the time that one takes …
