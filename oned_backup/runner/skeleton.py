@@ -152,6 +152,7 @@ def _manifest(name: str, kind: Kind, *, shell: bool) -> str:
         text += """
         # Later: "flatten" with the action increment_flatten, by which retention merges increments, and
         # "catalogue" with catalogue, by which a store is imported. Each is an executable more.
+        # "nbd" promises that download writes into NBD exports, too; what the SDK's write_disk does.
 
         # What a datastore needs to be told. The daemon checks it; passwords and keys are `secret = true`
         # and come as files in $ODB_SECRETS_DIR.
