@@ -13,6 +13,8 @@ from oned_backup.cli.table import table_lines
 
 _MIB = 1024 * 1024
 _NOT_FOLDED = 100_000
+#: within so many seconds a day and a month name one day
+_RECENT_S = 300 * 86_400
 
 
 def print_json(value: Any) -> None:
@@ -80,8 +82,10 @@ def when(seconds: float | None) -> str:
 
 
 def minute(seconds: float | None) -> str:
-    """A local time to the minute, `never` for none; with its year, since backups live long."""
-    return when(seconds)[:16] or "never"
+    """A local time to the minute, `never` for none; with its year if that is not plain: backups live long."""
+    text = when(seconds)[:16] or "never"
+    is_recent = seconds is not None and -_RECENT_S < time.time() - seconds < _RECENT_S
+    return text[5:] if is_recent else text
 
 
 def duration(seconds: float | None) -> str:

@@ -264,7 +264,7 @@ def _print_verdicts(points: list[dict[str, Any]]) -> None:
         what = {"KEPT": "kept", "GOES": "goes"}.get(point["fate"], f"merged into {point['into']}")
         reasons = [*([] if point["good"] else ["broken"]), *point["reasons"]]
         output.say(
-            f"{point['image_id']:>5}  {point['increment_id']:>4}  {output.minute(point['date'])}"
+            f"{point['image_id']:>5}  {point['increment_id']:>4}  {output.when(point['date'])[:16]}"
             f"  {output.size_mb(point['size_mb']):>9}  {what:<14}  {'; '.join(reasons)}"
         )
 

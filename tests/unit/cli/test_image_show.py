@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from oned_backup.cli import output
 from oned_backup.cli.image import SHORT_CHAIN, disks_shown
 from oned_backup.errors import NotFound
 
@@ -15,6 +17,14 @@ def point(number: int, *, reason: str = "increment") -> dict[str, Any]:
     disk = {"disk_id": 0, "target": "vda", "type": kind, "reason": reason}
     sizes = {"size_bytes": 1, "stored_bytes": 1, "uncompressed_bytes": 0}
     return {"increment_id": number, "disks": [disk | sizes], "excluded": []}
+
+
+def test_the_year_is_told_of_what_is_old() -> None:
+    now = time.time()
+    assert output.minute(now) == time.strftime("%m-%d %H:%M", time.localtime(now))
+    last_year = now - 365 * 86_400
+    assert output.minute(last_year) == time.strftime("%Y-%m-%d %H:%M", time.localtime(last_year))
+    assert output.minute(None) == "never"
 
 
 def test_a_long_chain_shows_the_newest_and_what_fell_back() -> None:
