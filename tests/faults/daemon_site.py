@@ -155,8 +155,10 @@ class DaemonSite:
         known = {point["backup_id"] for point in self.points()}
         assert {path.name for path in self.store.glob("0/*")} == known, "store and catalogue differ"
         wait_for("end of all drivers", lambda: not self.drivers(), 10)
-        assert list((self.product.state_dir / "work").iterdir()) == []
-        assert list(self.product.run_dir.glob("op-*.lock")) == []
+        wait_for("removal of what operations and questions used", lambda: not self._used(), 10)
+
+    def _used(self) -> list[Path]:
+        return [*(self.product.state_dir / "work").iterdir(), *self.product.run_dir.glob("op-*.lock")]
 
     def drivers(self) -> list[int]:
         """The drivers of our daemons that live."""

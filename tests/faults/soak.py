@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -193,6 +194,7 @@ def main() -> int:
             raise AssertionError(f"the daemon has grown: {grown}")
     except Exception as error:  # noqa: BLE001 - a finding is told, whatever it is
         print(f"FOUND in cycle {number} of seed {wanted.seed}: {type(error).__name__}: {error}")
+        traceback.print_exc(file=sys.stdout)
         print(f"everything is left in {directory}; the daemon's log is daemon.log")
         return 1
     finally:

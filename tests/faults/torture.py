@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main() -> int:
             torture(site, chance, number)
     except Exception as error:  # noqa: BLE001 - a finding is told, whatever it is
         print(f"FOUND in round {number} of seed {wanted.seed}: {type(error).__name__}: {error}")
+        traceback.print_exc(file=sys.stdout)
         print(f"everything is left in {directory}; the daemon's log is daemon.log")
         return 1
     finally:
