@@ -72,7 +72,7 @@ class Product:
             else:
                 env = {**os.environ, **(environment or {})}
                 self._daemon = subprocess.Popen(argv, env=env, **streams)
-        wait_for("answer from the daemon", self._answers, 30)
+        wait_for("answer from the daemon", self._answers, 120)
 
     @property
     def is_running(self) -> bool:

@@ -66,7 +66,7 @@ class Daemon:
                 env={**os.environ, "ODB_CONFIG": ""},
             )
         client = Client(self.directory / "run/api/daemon.sock")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
