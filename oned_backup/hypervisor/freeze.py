@@ -198,12 +198,11 @@ def _by_agent(
         if watchdog:
             watchdog.cancel()
             watchdog.join()
-        if untouched:
-            goes_on()
-        else:
-            _thaw_for_certain(domain, window, count, refused=refused, timeout_s=timeout_s, goes_on=goes_on)
+        certain = untouched or _thaw_for_certain(domain, window, count, refused=refused, timeout_s=timeout_s)
         if not refused:
             window.milliseconds = round((time.monotonic() - started) * 1000)
+        if certain:
+            goes_on()
 
 
 @contextlib.contextmanager
@@ -226,9 +225,9 @@ def _by_suspending(
         yield
     finally:
         _resume(domain)
+        window.milliseconds = round((time.monotonic() - started) * 1000)
         host.remove(note)
         goes_on()
-        window.milliseconds = round((time.monotonic() - started) * 1000)
     if window.milliseconds > timeout_s * 1000:
         window.warning = f"the guest stood still for {window.milliseconds} ms, longer than {timeout_s:g} s"
 
@@ -239,18 +238,11 @@ def _resume(domain: Domain) -> None:
             domain.handle.resume()
 
 
-def _thaw_for_certain(
-    domain: Domain,
-    window: Window,
-    count: int,
-    *,
-    refused: bool,
-    timeout_s: float,
-    goes_on: Callable[[], None],
-) -> None:
+def _thaw_for_certain(domain: Domain, window: Window, count: int, *, refused: bool, timeout_s: float) -> bool:
     """Thaw the `count` file systems; `Unavailable` if a guest that was frozen may still be.
 
-    If none is frozen any more when it is first asked, somebody else has thawed it before the time.
+    False if the agent, which had `refused` to freeze, has not said that the guest goes on. If none is
+    frozen any more when it is first asked, somebody else has thawed it before the time.
     """
     for attempt in range(1 if refused else _THAW_ATTEMPTS):
         failure: OnedBackupError | None = None
@@ -262,11 +254,11 @@ def _thaw_for_certain(
         except OnedBackupError as error:
             failure = error
         if failure is None or not domain.is_active:
-            goes_on()
-            return
+            return True
     window.warning += "; the thaw is repeated until the agent answers"
     if not refused:
         raise Unavailable(f"domain {domain.name} may still be frozen: {failure}")
+    return False
 
 
 def _thaw_late(domain: Domain, window: Window, timeout_s: float) -> None:
