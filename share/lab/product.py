@@ -44,9 +44,9 @@ class Product:
         self.state_dir = directory / "state"
         self.run_dir = directory / "run"
         self.log = directory / "daemon.log"
-        self._config = directory / "config.toml"
+        self.config = directory / "config.toml"
         dirs = json.dumps([str(path) for path in (*driver_dirs, DRIVERS)])
-        self._config.write_text(
+        self.config.write_text(
             f'state_dir = "{self.state_dir}"\nrun_dir = "{self.run_dir}"\ndriver_dirs = {dirs}\n'
             "scrub_gb_per_day = 0\n"  # only what a test asks for is read
         )
@@ -54,7 +54,7 @@ class Product:
 
     def settings(self, **values: int | str) -> None:
         """Further settings, for the next start."""
-        with self._config.open("a") as config:
+        with self.config.open("a") as config:
             config.writelines(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
     @property
@@ -64,7 +64,7 @@ class Product:
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """Start the daemon, with further variables, and wait until it answers."""
-        argv = ["setpriv", "--pdeathsig", "TERM", CLI, "--config", self._config, "serve"]
+        argv = ["setpriv", "--pdeathsig", "TERM", CLI, "--config", self.config, "serve"]
         with self.log.open("ab") as log:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             if self._machine is not None:
@@ -110,7 +110,7 @@ class Product:
 
     def call(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[bytes]:
         """A command that has ended, however it did."""
-        argv = [str(CLI), "--config", str(self._config), *words]
+        argv = [str(CLI), "--config", str(self.config), *words]
         return subprocess.run(
             argv if self._machine is None else self._machine.argv(argv),
             check=False,

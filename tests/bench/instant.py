@@ -1,6 +1,7 @@
-"""Drivers in shell that answer at once and do nothing, in place of the dummy ones and of fs.
+"""Drivers in shell that do nothing, in place of the dummy ones and of fs.
 
-What is left is what the daemon takes for a backup, and the start of four small processes.
+They answer at once: what is left is what the daemon takes for a backup, and the start of five small processes.
+Or the first of them waits: what is left is what the daemon takes until it has called it.
 """
 
 from __future__ import annotations
@@ -42,4 +43,12 @@ def instant_drivers(directory: Path) -> Path:
         (directory / place).write_text(f"#!/bin/sh\ncat <<END\n{answer}\nEND\n")
     with (directory / "datastore/fs/backup").open("a") as backup:
         backup.write(f'echo "$ODB_VM_ID" >> "$ODB_DS_BASE_PATH/{CALLS}"\n')
+    return directory
+
+
+def waiting_drivers(directory: Path, begun: Path, barrier: Path) -> Path:
+    """As `instant_drivers`; when it was called `dump_xml` writes to `begun`, then waits for a lock on `barrier`."""
+    first = instant_drivers(directory) / "vmm/dummy/dump_xml"
+    answer = first.read_text().removeprefix("#!/bin/sh\n")
+    first.write_text(f"#!/bin/sh\ndate +%s.%N >> {begun}\nflock --shared {barrier} true\n{answer}")
     return directory

@@ -2,9 +2,10 @@
 
     python -m tests.bench.scale --vms 10000 --backups 500 --queued 1000
 
-Lists, the import, and how many backups a second the daemon dispatches: with the dummy drivers, which
-are Python programs as all of ours are, and with shell programs in their place that answer at once,
-which leaves what the daemon itself takes. What the start of a driver takes is measured by itself
+Lists, the import, and how many backups a second the daemon dispatches (claims from a full queue, enters
+into the journal and hands to their first driver), and how many it brings to their end: with the dummy
+drivers, which are Python programs as all of ours are, and with shell programs in their place that answer at
+once, which leaves what the daemon itself takes. What the start of a driver takes is measured by itself
 (`starts`). Then a full queue, the daemon killed in the middle of it, and how long until its
 successor has recovered.
 """
@@ -12,6 +13,7 @@ successor has recovered.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
@@ -24,13 +26,17 @@ from typing import Any
 
 from lab import wait_for
 
-from tests.bench.instant import instant_drivers
+from oned_backup.config import load_settings
+from oned_backup.daemon import requests
+from oned_backup.daemon.service import Service
+from tests.bench.instant import instant_drivers, waiting_drivers
 from tests.bench.product import ROOT
 from tests.bench.starts import starts
 from tests.bench.table import Row, publish
 from tests.faults.many import ManyVms
 
 _RUNS = 3
+_DISPATCHED = 200
 _CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -54,7 +60,36 @@ def lists(site: ManyVms, vms: int, when: str) -> list[Row]:
     return rows
 
 
-def dispatched(site: ManyVms, backups: int, name: str) -> list[Row]:
+def dispatched(directory: Path) -> list[Row]:
+    """How many backups a second are handed to their first driver, which keeps them all waiting."""
+    begun, barrier = directory / "begun", directory / "barrier"
+    drivers = waiting_drivers(directory / "drivers", begun, barrier)
+    site = ManyVms(directory, _DISPATCHED, driver_dirs=[drivers], workers=_DISPATCHED)
+    try:
+        site.import_all()
+        site.product.stop()
+        service = Service.open(load_settings(site.product.config).settings)
+        ids = [requests.backup(service, vm).id for vm in range(_DISPATCHED)]
+        service.stop()
+        with barrier.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            site.product.start()
+            wait_for(
+                "the last dispatch",
+                lambda: begun.exists() and begun.read_text().count("\n") == _DISPATCHED,
+                120,
+            )
+        times = sorted(map(float, begun.read_text().split()))
+        wait_for("end of all backups", lambda: site.open_operations() == 0, 600)
+        if site.ends(ids) != {"DONE": _DISPATCHED}:
+            raise RuntimeError(f"dispatched: {site.ends(ids)}")
+    finally:
+        site.product.stop()
+    rate = (_DISPATCHED - 1) / (times[-1] - times[0])
+    return [Row("backups dispatched/s", round(rate, 1), unit="/s", bar=50, at_least=True)]
+
+
+def carried_out(site: ManyVms, backups: int, name: str) -> list[Row]:
     """How many backups a second, of as many VMs, and the CPU time that each takes."""
     daemon = site.product.pid
     before, began = cpu(daemon), time.monotonic()
@@ -112,15 +147,17 @@ def main() -> int:
         return sites[-1]
 
     try:
+        (directory / "waiting").mkdir()
+        rows = dispatched(directory / "waiting")
         instant = site("instant", wanted.backups, driver_dirs=[instant_drivers(directory / "drivers")])
         instant.import_all()
-        rows = dispatched(instant, wanted.backups, "drivers that answer at once")
+        rows += carried_out(instant, wanted.backups, "drivers that answer at once")
         instant.product.stop()
         rows += starts()
         dummy = site("dummy", wanted.vms)
         rows.append(Row(f"import of {wanted.vms} VMs", round(timed(dummy.import_all), 1)))
         rows += lists(dummy, wanted.vms, "without backups")
-        rows += dispatched(dummy, wanted.backups, "dummy drivers")
+        rows += carried_out(dummy, wanted.backups, "dummy drivers")
         rows += lists(dummy, wanted.vms, "with backups")
         rows += interrupted(dummy, wanted.backups, wanted.queued)
     finally:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One line. `bar`: the ratio (or, without a peer, the number) that must not be passed."""
+    """One line. `bar`: what the ratio (or, without a peer, the number) must not exceed, or must reach."""
 
     row: str
     ours_s: float
@@ -24,12 +24,15 @@ class Row:
     bytes: int = 0
     rss_mib: float | None = None
     unit: str = "s"
+    at_least: bool = False
 
     @property
     def holds(self) -> bool | None:
         """Whether it is within its bar; None where there is none."""
         value = self.ours_s if self.ratio is None else self.ratio
-        return None if self.bar is None else value <= self.bar
+        if self.bar is None:
+            return None
+        return value >= self.bar if self.at_least else value <= self.bar
 
 
 def compared(
