@@ -1,7 +1,7 @@
 """Drivers in shell that do nothing, in place of the dummy ones and of fs.
 
-They answer at once: what is left is what the daemon takes for a backup, and the start of five small processes.
-Or the first of them waits: what is left is what the daemon takes until it has called it.
+They answer at once: what is left is what the daemon takes for a backup, and the start of five small
+processes. Or the first of them waits: what is left is what the daemon takes until it has called it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def instant_drivers(directory: Path) -> Path:
 
 
 def waiting_drivers(directory: Path, begun: Path, barrier: Path) -> Path:
-    """As `instant_drivers`; when it was called `dump_xml` writes to `begun`, then waits for a lock on `barrier`."""
+    """As `instant_drivers`, but `dump_xml` writes the time to `begun` and waits for a lock on `barrier`."""
     first = instant_drivers(directory) / "vmm/dummy/dump_xml"
     answer = first.read_text().removeprefix("#!/bin/sh\n")
     first.write_text(f"#!/bin/sh\ndate +%s.%N >> {begun}\nflock --shared {barrier} true\n{answer}")
