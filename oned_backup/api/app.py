@@ -36,6 +36,7 @@ from oned_backup.api.bodies import (
     given,
 )
 from oned_backup.api.limits import BodyLimit
+from oned_backup.api.naming import resolve
 from oned_backup.contract.actions import Kind
 from oned_backup.daemon import requests
 from oned_backup.daemon.service import Service
@@ -52,7 +53,7 @@ from oned_backup.errors import (
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
 from oned_backup.operations import datastores, inventory, retention, scrub
-from oned_backup.operations.services import query_caller, resolve
+from oned_backup.operations.caller import query_caller
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState
 

@@ -30,9 +30,9 @@ def serve(
 
     from oned_backup.api.server import serve as serve_api  # noqa: PLC0415
     from oned_backup.config import load_settings  # noqa: PLC0415
-    from oned_backup.daemon.service import Service, log_to  # noqa: PLC0415
+    from oned_backup.daemon.service import Service, log_to_stderr  # noqa: PLC0415
 
-    log_to(logging.DEBUG if verbose else logging.INFO)
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO)
     for name in ("alembic", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = load_settings(settings_file()).settings

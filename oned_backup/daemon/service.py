@@ -14,15 +14,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from oned_backup.config import Settings
+from oned_backup.daemon.directories import make_directories, write_ssh_config
 from oned_backup.daemon.metrics import Metrics
 from oned_backup.daemon.progress import ProgressBoard
 from oned_backup.daemon.telling import named, outcome
 from oned_backup.errors import Conflict, DriverFailed, NotFound, OnedBackupError
 from oned_backup.operations import delete, prune, scrub
+from oned_backup.operations.caller import QUERY_PREFIX
 from oned_backup.operations.context import Context, describe
 from oned_backup.operations.datastores import unreadable_secrets
 from oned_backup.operations.engine import run_operation
@@ -30,14 +31,8 @@ from oned_backup.operations.exclusion import BACKGROUND, must_wait_for
 from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.locks import held
 from oned_backup.operations.recovery import queue_again, recover
-from oned_backup.operations.services import (
-    QUERY_PREFIX,
-    RunAction,
-    Services,
-    make_directories,
-    write_ssh_config,
-)
-from oned_backup.runner.run import Cancellation, run_action
+from oned_backup.operations.services import Services
+from oned_backup.runner.run import Cancellation
 from oned_backup.store import Operation, OperationState, SecretBox, Store
 
 logger = logging.getLogger(__name__)
@@ -77,7 +72,7 @@ class Service:
         self._unended: dict[str, str] = {}
 
     @classmethod
-    def open(cls, settings: Settings, *, run: RunAction = run_action) -> Service:
+    def open(cls, settings: Settings) -> Service:
         """The service over the settings' directories; `Conflict` if another daemon has them."""
         make_directories(settings)
         write_ssh_config(settings)
@@ -86,7 +81,7 @@ class Service:
             for leftover in settings.work_dir.glob(f"{QUERY_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             box = SecretBox.open(settings.state_dir / "secret.key")
-            return cls(Services(store, settings, box, run))
+            return cls(Services(store, settings, box))
         except BaseException:
             store.close()
             raise
@@ -371,8 +366,6 @@ _LEVELS = {
 }
 
 
-def log_to(stream_level: int, path: Path | None = None) -> None:
-    """Send the daemon's log to stderr, or to `path`."""
-    handler: logging.Handler = logging.StreamHandler() if path is None else logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=stream_level, handlers=[handler], force=True)
+def log_to_stderr(level: int) -> None:
+    """Send the daemon's log to stderr, from `level` on."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)

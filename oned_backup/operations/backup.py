@@ -55,6 +55,7 @@ from oned_backup.model.vm import (
     without_error,
 )
 from oned_backup.operations import datastores, record
+from oned_backup.operations.backup_ids import NEW_ID, new_backup_id
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.chain import ChainPlan, last_good_parent, plan_chain, space_needed_mb
 from oned_backup.operations.context import Context
@@ -64,7 +65,7 @@ from oned_backup.operations.domains import look_up_domain
 from oned_backup.operations.engine import Failure, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock, vm_lock
 from oned_backup.operations.moving import refreshed
-from oned_backup.operations.services import NEW_ID, Services, new_backup_id
+from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.stored import stored_vm_id
 from oned_backup.store import BackupState, OperationState, Transaction

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oned_backup.errors import Cancelled, InvalidInput, OnedBackupError
-from oned_backup.operations.services import Caller, Services
+from oned_backup.operations.caller import Caller
+from oned_backup.operations.services import Services
 from oned_backup.runner.ahead import Ahead
 from oned_backup.runner.run import Cancellation, Log
 

@@ -17,8 +17,9 @@ from oned_backup.model.datastore import (
     with_name,
     with_parameters,
 )
+from oned_backup.operations.caller import Caller, query_caller, secret_context
 from oned_backup.operations.inventory import accept_key
-from oned_backup.operations.services import Caller, Services, query_caller, secret_context
+from oned_backup.operations.services import Services
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState, Transaction
 

@@ -12,7 +12,8 @@ from oned_backup.contract.result import document
 from oned_backup.errors import DriverBug, NotFound
 from oned_backup.model.host import Host
 from oned_backup.model.vm import DomainState, Vm, sync_domain
-from oned_backup.operations.services import Caller, Services
+from oned_backup.operations.caller import Caller
+from oned_backup.operations.services import Services
 
 
 @dataclass(frozen=True)

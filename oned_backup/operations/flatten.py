@@ -41,12 +41,12 @@ from oned_backup.model.pruning import run_of, with_merged
 from oned_backup.model.retention import Merge
 from oned_backup.model.vm import Vm, with_config
 from oned_backup.operations import datastores, stored
+from oned_backup.operations.backup_ids import NEW_ID, new_backup_id
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import mark_broken, note_closed_chain
 from oned_backup.operations.delete import queue_removal, refuse_pinned, removed_later
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.retention import refuse_kept
-from oned_backup.operations.services import NEW_ID, new_backup_id
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.verify import read_again
 from oned_backup.store import Backup as RestorePoint

@@ -22,8 +22,9 @@ from oned_backup.model.host import (
 from oned_backup.model.selection import configure
 from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config
 from oned_backup.model.vm import with_state as with_vm_state
+from oned_backup.operations.caller import Caller, query_caller
 from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domains
-from oned_backup.operations.services import Caller, Services, query_caller
+from oned_backup.operations.services import Services
 from oned_backup.ssh.host_keys import HostKey, accept_host_key
 from oned_backup.ssh.libvirt_uri import parse_uri
 from oned_backup.store import Transaction

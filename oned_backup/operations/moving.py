@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from oned_backup.errors import NotFound, OnedBackupError, Unavailable
 from oned_backup.model.host import Host, HostState, with_vms, without_vm
 from oned_backup.model.vm import DomainState, Vm, with_placement
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.domains import list_domains, refresh_vm
-from oned_backup.operations.services import Caller, Services
+from oned_backup.operations.services import Services
 
 logger = logging.getLogger(__name__)
 

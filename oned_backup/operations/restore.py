@@ -43,11 +43,11 @@ from oned_backup.model.manifest import StoredFile
 from oned_backup.model.names import checked_name
 from oned_backup.model.vm import VmState
 from oned_backup.operations import stored, targets
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
 from oned_backup.operations.domains import list_domains
 from oned_backup.operations.engine import OperationKind, result_of
-from oned_backup.operations.services import Caller
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.together import call_together
 

@@ -14,7 +14,8 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image
 from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import Manifest, parse_manifest
-from oned_backup.operations.services import Caller, Services
+from oned_backup.operations.caller import Caller
+from oned_backup.operations.services import Services
 from oned_backup.store import BackupState, Store
 
 

@@ -15,8 +15,8 @@ from oned_backup.contract.targets import DiskTarget, NewDisk, disks_option, targ
 from oned_backup.errors import DriverBug, NoSpace, Unavailable, Unsupported
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.context import Context
-from oned_backup.operations.services import Caller
 
 
 def host_of(context: Context) -> Host | None:

@@ -8,8 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TypeVar
 
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.context import Context
-from oned_backup.operations.services import Caller
 from oned_backup.runner.run import Cancellation, Progress
 
 Result = TypeVar("Result")

@@ -21,10 +21,11 @@ from oned_backup.model.image import Image
 from oned_backup.model.increments import chain_to
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations import stored
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import note_closed_chain, record_verified
 from oned_backup.operations.engine import OperationKind
-from oned_backup.operations.services import Caller, Services
+from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
 from oned_backup.store import Backup, Transaction
 

@@ -16,6 +16,7 @@ from oned_backup import xmldoc
 from oned_backup.config import Retry, Settings
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
 from oned_backup.contract.request import Request
+from oned_backup.daemon.directories import make_directories
 from oned_backup.errors import Cancelled, NotFound
 from oned_backup.model.datastore import new_datastore
 from oned_backup.model.host import new_host
@@ -24,7 +25,7 @@ from oned_backup.model.vm import DomainState, Placement, new_vm
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.kinds import KINDS
-from oned_backup.operations.services import Services, make_directories
+from oned_backup.operations.services import Services
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.run import Cancellation
 from oned_backup.store import Operation, SecretBox, Store

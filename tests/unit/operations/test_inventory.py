@@ -11,6 +11,7 @@ import pytest
 from oned_backup.config import Settings
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request
+from oned_backup.daemon.directories import make_directories
 from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
 from oned_backup.operations import inventory
@@ -22,7 +23,6 @@ from oned_backup.operations.datastores import (
     update_datastore,
 )
 from oned_backup.operations.inventory import add_host, configure_vm, import_vms
-from oned_backup.operations.services import make_directories
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.skeleton import new_driver
 from oned_backup.store import BackupState, OperationState, SecretBox

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 
 from oned_backup.errors import Cancelled, NoSpace
+from oned_backup.operations.caller import Caller
 from oned_backup.operations.context import Context
-from oned_backup.operations.services import Caller
 from oned_backup.operations.together import call_together
 from oned_backup.runner.run import Cancellation
 
