@@ -127,9 +127,16 @@ class VerifiedBackup:
     failures: tuple[tuple[str, str], ...] = ()
 
     @property
+    def failure_texts(self) -> tuple[str, ...]:
+        """Each failure in words, which name its file once: drivers may have named it, too."""
+        return tuple(
+            text if text.startswith(f"{name}: ") else f"{name}: {text}" for name, text in self.failures
+        )
+
+    @property
     def failures_text(self) -> str:
         """The failures on one line."""
-        return "; ".join(f"{name}: {text}" for name, text in self.failures)
+        return "; ".join(self.failure_texts)
 
 
 @dataclass(frozen=True)

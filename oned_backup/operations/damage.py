@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from oned_backup.contract.documents import VerifiedBackup
 from oned_backup.errors import DataCorrupt, NotFound
@@ -97,18 +98,27 @@ def note_closed_chain(context: Context) -> None:
 def found_while_reading(context: Context, backup_id: str, text: str) -> None:
     """Enter damage that showed when a restore point was read for other reasons than to verify it.
 
-    It may lie in a backup that this one continues: nothing of its image counts as proved any more, so that
-    scrubbing reads all of it soon.
+    `text` says what is damaged: the backups of which it names a file, as a driver must, and what continues
+    them. If it names none, it is the restore point itself. There may be more damage: nothing of the image
+    counts as proved any more, so that scrubbing reads all of it soon.
     """
     with context.services.store.transaction() as tx:
         try:
             row = tx.backup(backup_id)
         except NotFound:  # a store's backup that the catalogue does not know
             return
-        if row.state is not BackupState.GOOD:
+        states = {one.backup_id: one.state for one in tx.backups(image_id=row.image_id)}
+        damaged = named_in(text, states) or (backup_id,)
+        new = [name for name in damaged if states[name] is BackupState.GOOD]
+        if not new:
             return
-        _, ends_chain = mark_broken(tx, row.image_id, {backup_id: text})
+        broken, ends_chain = mark_broken(tx, row.image_id, dict.fromkeys(new, text))
         tx.void_proofs(row.image_id)
-    context.note(f"backup {backup_id} is marked as BROKEN; `oned-backup image verify` finds all damage")
+    context.note(f"marked as BROKEN: {', '.join(broken)}; `oned-backup image verify` finds all damage")
     if ends_chain:
         note_closed_chain(context)
+
+
+def named_in(text: str, backup_ids: Iterable[str]) -> tuple[str, ...]:
+    """Those of `backup_ids` of which `text` names a file: `BACKUP/FILE`, also at the end of a path."""
+    return tuple(name for name in backup_ids if re.search(rf"(?<![A-Za-z0-9._:,-]){re.escape(name)}/", text))

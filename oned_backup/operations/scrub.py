@@ -269,9 +269,9 @@ def _judge(context: Context) -> None:
     broken = set(context.facts["broken"])
     for report in _report(context):
         if report.failures and report.backup_id in broken:
-            name, text = report.failures[0]
             raise DataCorrupt(
-                f"backup {report.backup_id}: {name}: {text}; broken by it: {', '.join(sorted(broken))}",
+                f"backup {report.backup_id}: {report.failure_texts[0]};"
+                f" broken by it: {', '.join(sorted(broken))}",
                 hint="`oned-backup image show` tells which restore points are whole.",
             )
 

@@ -92,17 +92,16 @@ def _record(context: Context, tx: Transaction) -> Mapping[str, Any]:
 
 def _judge(context: Context) -> None:
     failures = [
-        (backup.backup_id, name, text)
+        f"backup {backup.backup_id}: {text}"
         for backup in _report(context).backups
-        for name, text in backup.failures
+        for text in backup.failure_texts
     ]
     if context.facts["ends_chain"]:
         note_closed_chain(context)
     if failures:
-        backup_id, name, text = failures[0]
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise DataCorrupt(
-            f"image {context.integer('image_id')}: backup {backup_id}: {name}: {text}{more}",
+            f"image {context.integer('image_id')}: {failures[0]}{more}",
             hint="`oned-backup image show` tells which restore points are whole.",
         )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from oned_backup.contract.exports import BackupType
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput
+from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, ManifestDisk, StoredFile, dump_on_one_line
 from oned_backup.model.names import checked_name
 from oned_backup.sdk import restore_points
@@ -100,7 +101,9 @@ def merged_backups(call: Call, load: Load) -> tuple[Manifest, ...]:
     manifests = tuple(load(backup_id) for backup_id in ids)
     for parent, child in pairwise(manifests):
         if child.parent_id not in {parent.id, *parent.stands_for}:
-            raise DataCorrupt(f"backup {child.id} continues {child.parent_id or 'nothing'}, not {parent.id}")
+            raise DataCorrupt(
+                f"{child.id}/{MANIFEST}: continues {child.parent_id or 'nothing'}, not {parent.id}"
+            )
     return manifests
 
 

@@ -23,6 +23,7 @@ from oned_backup.contract.exports import BackupType
 from oned_backup.contract.url import DiskUrl
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
 from oned_backup.model.increments import Increment, chain_to
+from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest
 from oned_backup.model.names import checked_name
 from oned_backup.sdk.call import Call
@@ -99,13 +100,15 @@ def disk_chain(load: Load, backup_id: str, disk_id: int, known: Collection[str] 
             manifest = _continued(load, checked_name(parent_id, "parent id"), known)
         except (NotFound, InvalidInput) as error:
             raise DataCorrupt(
-                f"disk {disk_id}: backup {child} continues {parent_id or 'nothing'}, which is not stored"
+                f"{child}/{MANIFEST}: disk {disk_id} continues {parent_id or 'nothing'}, which is not stored"
             ) from error
         if manifest.id in {link.id for link in chain}:
-            raise DataCorrupt(f"disk {disk_id}: backup {manifest.id} continues itself")
+            raise DataCorrupt(f"{manifest.id}/{MANIFEST}: disk {disk_id} continues itself")
         disk = manifest.disk(disk_id)
         if disk is None:
-            raise DataCorrupt(f"disk {disk_id}: backup {child} continues {parent_id}, which does not have it")
+            raise DataCorrupt(
+                f"{child}/{MANIFEST}: disk {disk_id} continues {parent_id}, which does not have it"
+            )
         chain.append(manifest)
     return tuple(reversed(chain))
 

@@ -125,10 +125,12 @@ def open_layer(
         stored = stack.enter_context(folder.folder(manifest.id))
         digests = _proved_digests(stack, stored, manifest, file, salvage=salvage)
         path = _pin(stack, stored, file, any_size=salvage)
-    except (DataCorrupt, NotFound):
-        if not salvage:
-            raise
-        return Layer(None, None, name)
+    except (DataCorrupt, NotFound) as error:
+        if salvage:
+            return Layer(None, None, name)
+        if error.message.startswith(file.name):  # of which backup is what the daemon wants to know
+            raise type(error)(f"{manifest.id}/{error.message}") from error
+        raise
     return Layer(path, digests, name, foreign)
 
 

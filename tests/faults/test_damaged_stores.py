@@ -137,11 +137,27 @@ def test_every_file_that_is_damaged_is_named(site: Simulation, damage: str) -> N
         DAMAGE[damage](folder / name)
     assert {name: sorted(files) for name, files in verified(site).items()} == {folder.name: names}
     assert states(site) == ["GOOD", "BROKEN", "BROKEN"]
+    assert "disk.0.1: disk.0.1:" not in site.points()[1]["failure"]
     shown = site.points()[2]
     assert shown["failure"] == f"continues {folder.name}, which is damaged"
     assert "does not match" in refused(site, 1) or damage != "flipped"
     refused(site, 2)
     assert site.restore(0, 0) == site.truth[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("disk.0.0", "flipped"), ("disk.1.0", "missing"), ("disk.0.0.blocks", "flipped")]
+)
+def test_damage_that_a_restore_meets_marks_all_that_need_the_file(
+    site: Simulation, name: str, damage: str
+) -> None:
+    """Also the points that are older than the one that was to be restored."""
+    folder = stored(site, 0)
+    DAMAGE[damage](folder / name)
+    refused(site, 2)
+    assert states(site) == ["BROKEN", "BROKEN", "BROKEN"]
+    assert f"{folder.name}/{name}" in site.points()[0]["failure"]
+    assert site.points()[1]["failure"] == f"continues {folder.name}, which is damaged"
 
 
 @pytest.mark.parametrize("damage", some("flipped", "missing"))
