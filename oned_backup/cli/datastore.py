@@ -9,9 +9,9 @@ from urllib.parse import quote
 import typer
 
 from oned_backup.cli import follow, output
-from oned_backup.cli.client import Client
 from oned_backup.cli.parameters import parameter_values
 from oned_backup.cli.session import Json, Wait, client
+from oned_backup.client import Client
 
 app = typer.Typer(help="Where backups are kept.", no_args_is_help=True)
 

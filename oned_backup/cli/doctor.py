@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oned_backup.cli.check import Check
-from oned_backup.cli.client import Client
 from oned_backup.cli.doctor_datastores import check_datastores
 from oned_backup.cli.doctor_hosts import check_hosts
+from oned_backup.client import Client
 from oned_backup.config import Loaded, Settings, load_settings
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.request import Request

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from oned_backup.cli.client import Client, error_from
 from oned_backup.cli.output import complain, duration, print_json, say, size, warn
+from oned_backup.client import Client, error_of, wait_for_end
 from oned_backup.errors import OnedBackupError, Salvaged
 
 #: no bar for what is over sooner
 _BAR_AFTER_S = 1.0
-_POLL_S = 20.0
 
 JSON = Mapping[str, Any]
 Show = Callable[[JSON], None]
@@ -55,7 +54,7 @@ def conclude(client: Client, operation: JSON, *, wait: bool, as_json: bool, show
         if not as_json:
             warn(f"note: {note}")
     if ended["state"] != "DONE":
-        raise failure_of(ended)
+        raise error_of(ended)
     salvaged = ended["result"].get("salvaged")
     if salvaged:
         raise Salvaged(
@@ -93,7 +92,7 @@ def conclude_many(
                 continue
             views.append(follow(client, operation) if wait else operation)
             if wait and views[-1]["state"] != "DONE":
-                raise failure_of(views[-1])
+                raise error_of(views[-1])
     if as_json:
         print_json(views)
     if failed:
@@ -106,12 +105,7 @@ def follow(client: Client, operation: JSON, *, quiet: bool = False, goes_on: boo
     """The operation once it has ended. Interrupting the command cancels it unless it `goes_on`."""
     try:
         with _bar(quiet=quiet) as update:
-            view, version = operation, 0
-            while view["ended_at"] is None:
-                view = client.get(f"operations/{operation['id']}", wait_s=_POLL_S, seen=version)
-                version = view["version"]
-                update(view)
-            return view
+            return wait_for_end(client, operation, update)
     except KeyboardInterrupt:
         if not goes_on:
             client.post(f"operations/{operation['id']}/cancel")
@@ -119,15 +113,6 @@ def follow(client: Client, operation: JSON, *, quiet: bool = False, goes_on: boo
         warn(f"{operation['kind']} {operation['id']} goes on in the daemon")
         warn(f"  oned-backup operation show {operation['id']} --wait    oned-backup operation cancel …")
         raise
-
-
-def failure_of(operation: JSON) -> OnedBackupError:
-    """The error of an operation that did not succeed."""
-    if operation["error"]:
-        return error_from(operation["error"])
-    if operation["state"] == "CANCELLED":
-        return error_from({"code": "Cancelled", "message": f"{operation['kind']} was cancelled"})
-    return OnedBackupError(f"{operation['kind']} {operation['id']} ended as {operation['state']}")
 
 
 def elapsed(operation: JSON) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from oned_backup.cli import follow, output
 from oned_backup.cli.session import Json, client
+from oned_backup.client import error_of
 from oned_backup.errors import InvalidInput
 
 app = typer.Typer(help="What the daemon does and did.", no_args_is_help=True)
@@ -108,7 +109,7 @@ def show(
     else:
         _print_operation(found)
     if wait and found["state"] != "DONE":
-        raise follow.failure_of(found)
+        raise error_of(found)
 
 
 def _print_operation(found: dict[str, Any]) -> None:

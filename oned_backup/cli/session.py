@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from oned_backup.errors import InvalidInput
 from oned_backup.places import daemon_socket
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from oned_backup.cli import follow, output
-from oned_backup.cli.client import Client
 from oned_backup.cli.operation import failure_fields
 from oned_backup.cli.session import Json, Wait, client, key_values
+from oned_backup.client import Client, error_of
 from oned_backup.errors import InvalidInput
 
 app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
@@ -244,7 +244,7 @@ def retention(
 def _follow_queued(api: Client, operation_id: str, *, json: bool) -> None:
     ended = follow.follow(api, api.get(f"operations/{operation_id}"))
     if ended["state"] != "DONE":
-        raise follow.failure_of(ended)
+        raise error_of(ended)
     result = ended["result"]
     if not json and "merged" in result:
         merged = ", ".join(map(str, result["merged"][:-1]))

@@ -23,7 +23,7 @@ import netlab
 from netlab import Netlab
 from product import Product
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from tests.bench.machines import Data, Machine, build_disk, dirty_all
 from tests.bench.product import RssWatch, SpaceWatch
 from tests.bench.table import Row, compared

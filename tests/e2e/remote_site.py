@@ -21,7 +21,7 @@ from lab import Guest, LabDisk, data_disk, root_disk, wait_for
 from netlab import Machine, Netlab
 from product import Product
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 
 PASSWORD = "a password that nothing may print"  # noqa: S105
 STORES = ("rsync", "restic")

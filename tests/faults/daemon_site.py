@@ -12,7 +12,7 @@ from lab import wait_for
 from product import Product
 
 from oned_backup import failpoints
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from oned_backup.errors import OnedBackupError
 
 #: the daemon has this long to end what its predecessor left

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from product import Product
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from oned_backup.errors import OnedBackupError
 from oned_backup.hypervisor.dummy import DummyHost
 from oned_backup.sdk.folder_store import MARKER, MARKER_TEXT

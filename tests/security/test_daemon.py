@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from product import Product
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from oned_backup.errors import OnedBackupError
 from oned_backup.hypervisor.dummy import DummyHost
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from oned_backup.cli import session
-from oned_backup.cli.client import Client
 from oned_backup.cli.main import config_first, run
+from oned_backup.client import Client
 from oned_backup.errors import DaemonUnreachable
 from oned_backup.hypervisor.dummy import DummyHost
 

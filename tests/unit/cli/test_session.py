@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from lab import wait_for
 
-from oned_backup.cli.client import Client
+from oned_backup.client import Client
 from oned_backup.model.manifest import parse_manifest
 
 from .conftest import Stack

@@ -1,4 +1,4 @@
-"""The command line's end of the daemon's API. Only the standard library: a command starts quickly."""
+"""Calls of the daemon's API. Only the standard library: a command starts quickly."""
 
 from __future__ import annotations
 

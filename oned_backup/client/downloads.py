@@ -1,11 +1,4 @@
-"""Downloads for Python programs, through the daemon; errors are those of `oned_backup.errors`.
-
-from oned_backup.client import download
-
-download("fs://100/-/0:20261121-023700-1f2e3d/7/disk.0", "/srv/disk.raw")
-download("rsync://100//0:a78156,1:c1a00b/var/lib/one/datastores/100/13/c1a00b/disk.0.1", "hv2:/srv/disk.raw")
-download("3:1", "/srv/point")                    # all of increment 1 of image 3
-"""
+"""Downloads of a disk or of a whole restore point, by what users call them."""
 
 from __future__ import annotations
 
@@ -14,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oned_backup.cli import follow
-from oned_backup.cli.client import Client
+from oned_backup.client.connection import Client
+from oned_backup.client.waiting import error_of, wait_for_end
 from oned_backup.errors import InvalidInput
 from oned_backup.places import daemon_socket
 
@@ -41,9 +34,9 @@ def download(
     operation = begin_download(
         api, url, str(target), image_format=image_format, overwrite=overwrite, salvage=salvage
     )
-    ended = follow.follow(api, operation, quiet=True)
+    ended = wait_for_end(api, operation)
     if ended["state"] != "DONE":
-        raise follow.failure_of(ended)
+        raise error_of(ended)
     result: Mapping[str, Any] = ended["result"]
     return result
 
