@@ -170,9 +170,7 @@ def test_swapped_backups(chain):
 def test_a_chain_with_a_gap(chain):
     store = chain.store
     shutil.rmtree(store.path(IDS[1]))
-    with pytest.raises(
-        DataCorrupt, match=f"{IDS[2]}/manifest.json: disk 0 continues {IDS[1]}, which is not stored"
-    ):
+    with pytest.raises(DataCorrupt, match=f"{IDS[2]}/.*: disk 0 continues {IDS[1]}, which is not stored"):
         store.ls(INCREMENT_ID="2")
     with pytest.raises(NotFound):
         store.ls(INCREMENT_ID="1")

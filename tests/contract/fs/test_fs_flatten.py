@@ -68,9 +68,7 @@ def test_a_catalogue_of_before_the_merge_still_leads_to_what_is_stored(chain):
     store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
     assert store.download(store.url(2)) == chain.expected[2]
     (store.path(NEW) / "manifest.json").write_text("{}")
-    with pytest.raises(
-        DataCorrupt, match=f"{IDS[2]}/manifest.json: disk 0 continues {IDS[1]}, which is not stored"
-    ):
+    with pytest.raises(DataCorrupt, match=f"{IDS[2]}/.*: disk 0 continues {IDS[1]}, which is not stored"):
         store.url(2)
 
 

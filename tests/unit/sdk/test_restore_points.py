@@ -66,14 +66,14 @@ def test_of_two_chains_that_counts_which_is_asked_for(known: str, expected: str)
 
 def test_what_only_went_into_a_merge_is_not_stood_for() -> None:
     other = stored("x", "b")  # continues what was in the middle: on top of m it would give wrong bytes
-    with pytest.raises(DataCorrupt, match="x/manifest.json: disk 0 continues b, which is not stored"):
+    with pytest.raises(DataCorrupt, match=r"x/manifest\.json: disk 0 continues b, which is not stored"):
         disk_chain(load_from(M, other), "x", 0, ["m", "x"])
 
 
 @pytest.mark.parametrize("parent_id", ["m", "z"])
 def test_a_backup_that_continues_itself_is_damage(parent_id: str) -> None:
     odd = stored("m", parent_id, replaces="y z", stands_for="z")
-    with pytest.raises(DataCorrupt, match="m/manifest.json: disk 0 continues itself"):
+    with pytest.raises(DataCorrupt, match=r"m/manifest\.json: disk 0 continues itself"):
         disk_chain(load_from(odd, stored("n", "z")), "n", 0, ["m", "n"])
 
 
