@@ -61,8 +61,23 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit."""
+    _open_streams()
     given = config_first(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(given))
+
+
+def _open_streams() -> None:
+    """Let what is written to a standard stream that the caller has closed go nowhere.
+
+    Without that Python has None there, and the next file that is opened takes its descriptor.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
 
 
 def run(arguments: list[str]) -> int:

@@ -90,6 +90,13 @@ class Store:
         """A VM's repository."""
         return repository(self.call, self.settings, str(vm_id))
 
+    def prove_password(self) -> None:
+        """`PermissionDenied` if there is a repository, and the password does not open it."""
+        for name in self.place.repositories():
+            with suppress(NotFound, DataCorrupt):  # the next one may tell
+                self.repository(name).must("cat", "config", "--no-lock")
+                return
+
     @contextmanager
     def opened(self, vm_id: int | str, job: str = "") -> Iterator[StoredBackups]:
         """A VM's finished backups, to read, in its own repository or that of a `job`."""

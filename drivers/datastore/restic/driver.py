@@ -21,6 +21,7 @@ from oned_backup.sdk import Answer, Call, restore_points
 from oned_backup.sdk.folder_store import (
     FolderStore,
     finished_name,
+    images_are_known,
     list_manifests,
     merged_files,
     refuse_parents,
@@ -86,8 +87,10 @@ class ResticDatastore(FolderStore):
         store.forget(store.repository(job or call.vm_id), left)
 
     def monitor(self, call: Call) -> Answer:
-        """How full the server's file system is."""
+        """How full the server's file system is; at first also whether the password opens what is there."""
         store = Store(call)
+        if not images_are_known(call):
+            store.prove_password()
         total, used, free = store.place.space_mb()
         return {"TOTAL_MB": total, "USED_MB": used, "FREE_MB": free}
 

@@ -76,6 +76,14 @@ def test_a_wrong_password_is_denied_and_one_that_was_forgotten_is_misconfigured(
         replace(made_chain.store, secrets={}).ls()
 
 
+@pytest.mark.fault("store", "wrong password")
+def test_a_new_datastore_over_repositories_is_refused_without_their_password(made_chain: Chain) -> None:
+    new = replace(made_chain.store, images_known=False)
+    assert int(new.call("monitor")["TOTAL_MB"]) > 0
+    with pytest.raises(PermissionDenied, match="RESTIC_PASSWORD does not open"):
+        replace(new, secrets={"RESTIC_PASSWORD": "wrong"}).call("monitor")
+
+
 @pytest.mark.fault("store", "unreachable at the start")
 def test_a_server_that_is_down_is_unavailable(made_chain: Chain, sshd: Sshd, disk: Disk) -> None:
     store = replace(made_chain.store, chain=list(made_chain.store.chain))

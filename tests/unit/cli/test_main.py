@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,15 @@ def test_no_command_is_explained_half(
     commands = capsys.readouterr().out.partition("Commands:\n")[2]
     assert commands
     assert "..." not in commands
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_caller_has_closed_is_no_error(closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m oned_backup --version {closed}', sys.executable],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if ">&-" in closed.split() else f"oned-backup {__version__}\n")
