@@ -95,7 +95,10 @@ start() {
         mount -o remount,bind,ro /dev/kvm
       fi
       exec libvirtd -d -f /etc/libvirt/libvirtd.conf -p /run/libvirt/libvirtd.pid
-    ' private-libvirtd "$dir" </dev/null >"$dir/log/start.log" 2>&1
+    ' private-libvirtd "$dir" </dev/null >"$dir/log/start.log" 2>&1 || {
+      cat "$dir/log/start.log" >&2
+      return 1
+    }
   fi
   for tries in $(seq 150); do
     if virsh -q -c "$uri" uri >/dev/null 2>&1; then
