@@ -24,6 +24,7 @@ from typing import Any
 from uuid import uuid4
 
 from oned_backup import xmldoc
+from oned_backup.contract.companions import DOMAIN_XML, NVRAM, TPM
 from oned_backup.contract.documents import RestorePlan, StoredDisk
 from oned_backup.contract.targets import FORMATS, DiskTarget, NewDisk
 from oned_backup.contract.url import parse_url
@@ -51,7 +52,6 @@ from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.together import call_together
 
-_DOMAIN = "domain.xml"
 #: in the operation's own directory
 _PLAN_FILE = "plan.xml"
 _DOMAIN_FILE = "domain-to-define.xml"
@@ -65,8 +65,6 @@ _NOT_SALVAGED = (
 )
 #: of the original's name in that of its copy, which must not be too long
 _OLD_NAME_CHARACTERS = 100
-_NVRAM = "nvram.fd"
-_TPM = "tpm.tar"
 
 
 def _plan(context: Context) -> Mapping[str, Any]:
@@ -149,14 +147,14 @@ def _plan_domain(
     context: Context, plan: RestorePlan, directory: Path, names: Mapping[int, str], image_format: str
 ) -> dict[str, Any]:
     """The domain to define as XML, its name and what was left out of it; also a check before any effect."""
-    domain_xml = plan.file(_DOMAIN)
+    domain_xml = plan.file(DOMAIN_XML)
     host_id = context.arguments.get("define_host_id")
     if domain_xml is None:
         if host_id is not None:
-            raise NotFound("the backup holds no domain.xml: there is nothing to define")
+            raise NotFound(f"the backup holds no {DOMAIN_XML}: there is nothing to define")
         return {}
     host = None if host_id is None else context.services.host(host_id)
-    domain = xmldoc.parse(domain_xml, what=_DOMAIN)
+    domain = xmldoc.parse(domain_xml, what=DOMAIN_XML)
     name = context.text("name") or _free_name(context, host, domain.findtext("name", "").strip())
     if host is None:
         return {"name": name}
@@ -174,7 +172,7 @@ def _plan_domain(
             for disk in plan.disks
         },
         allowed_roots=[str(directory)],
-        nvram_path="" if plan.file(_NVRAM) is None else str(directory / _NVRAM),
+        nvram_path="" if plan.file(NVRAM) is None else str(directory / NVRAM),
         no_nic=bool(context.arguments.get("no_nic")),
         no_ip=bool(context.arguments.get("no_ip")),
     )
@@ -329,8 +327,8 @@ def _define(context: Context) -> Mapping[str, Any]:
         return {}
     host = context.services.host(context.arguments["define_host_id"])
     options = {"DOMAIN": (context.work_dir / _DOMAIN_FILE).read_text()}
-    if _TPM in context.facts["files"]:
-        options["TPM_TAR"] = str(Path(context.facts["directory"]) / _TPM)
+    if TPM in context.facts["files"]:
+        options["TPM_TAR"] = str(Path(context.facts["directory"]) / TPM)
     answer = context.caller.vmm("define", host, options=options)
     return {"deploy_id": answer["DEPLOY_ID"]}
 

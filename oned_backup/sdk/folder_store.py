@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, ClassVar
 
+from oned_backup.contract.companions import VM_XML
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
 from oned_backup.contract.exports import BackupType
 from oned_backup.errors import (
@@ -39,7 +40,7 @@ from oned_backup.sdk import restore_points
 from oned_backup.sdk.call import Answer, Call
 from oned_backup.sdk.download import salvages, wanted_disk, write_disk
 from oned_backup.sdk.entry import Driver
-from oned_backup.sdk.opennebula import VM_XML, is_made_up, plain_vm_xml
+from oned_backup.sdk.opennebula import is_made_up, plain_vm_xml
 from oned_backup.sdk.store_folder import StoreFolder
 from oned_backup.sdk.stored import Manifests, open_layer, read_checked, small_files, verify_backup
 

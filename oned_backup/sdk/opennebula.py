@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oned_backup import xmldoc
+from oned_backup.contract.companions import VM_XML
 from oned_backup.contract.exports import BackupType, Reason
 from oned_backup.errors import DataCorrupt, InvalidInput, NotFound, Unsupported
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
@@ -35,7 +36,6 @@ from oned_backup.sdk.store_folder import StoreFolder
 
 #: stands in a made-up manifest under `made_by`
 MAKER = "opennebula"
-VM_XML = "vm.xml"
 
 #: of rsync, and the short ids of restic_snapshots
 _ID = re.compile(r"(?:job_\d{1,9}\.)?[0-9a-f]{6}(?:[0-9a-f]{2})?", re.ASCII)

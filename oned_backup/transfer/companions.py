@@ -11,16 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from oned_backup import xmldoc
+from oned_backup.contract.companions import DOMAIN_XML, NVRAM, TPM, VM_XML
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.domain import Domain
 from oned_backup.hypervisor.host import Host, packed, unpacked
 from oned_backup.model.names import checked_name
 from oned_backup.transfer.task import Task
-
-VM_XML = "vm.xml"
-DOMAIN_XML = "domain.xml"
-NVRAM = "nvram.fd"
-TPM = "tpm.tar"
 
 _MAX_NVRAM_BYTES = 64 << 20
 _MAX_TPM_BYTES = 16 << 20

@@ -7,12 +7,13 @@ the same ones; what is done with them is the same, and stands here.
 from __future__ import annotations
 
 from oned_backup.contract.exports import Exports
-from oned_backup.sdk import Answer, Call, Driver
+from oned_backup.sdk import Answer, Call
 from oned_backup.transfer.clean import clean_up, undo
+from oned_backup.transfer.files_driver import FilesDriver
 from oned_backup.transfer.task import task_of
 
 
-class ImageDriver(Driver):
+class ImageDriver(FilesDriver):
     """Exports disks through libvirt's backup jobs, or qemu-nbd while the domain is off."""
 
     def warm_up(self, action: str) -> None:
@@ -45,25 +46,6 @@ class ImageDriver(Driver):
             call.warn(f"the backup job was aborted: {aborted}")
 
     post_backup_live = post_backup
-
-    def pre_restore(self, call: Call) -> Answer:
-        """Where to write the disks that are restored."""
-        from oned_backup.contract.targets import targets_to_xml  # noqa: PLC0415
-        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
-
-        return {"TARGETS": targets_to_xml(restoring.pre_restore(call.request, call.source_dir))}
-
-    def restore(self, call: Call) -> None:
-        """What was restored has its names."""
-        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
-
-        restoring.restore(call.request)
-
-    def post_restore(self, call: Call) -> None:
-        """Nothing is left of it but a restore that succeeded."""
-        from oned_backup.transfer import restoring  # noqa: PLC0415 - a backup need not load it
-
-        restoring.post_restore(call.request)
 
 
 def _answer(call: Call, exports: Exports) -> Answer:

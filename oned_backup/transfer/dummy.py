@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oned_backup import xmldoc
+from oned_backup.contract.companions import DOMAIN_XML, VM_XML
 from oned_backup.contract.exports import (
     BackupType,
     DiskExport,
@@ -120,8 +121,8 @@ def export(call: Call, host: DummyHost, vm: Vm, *, running: bool) -> Answer:
     # All disks whole: a new chain, whose first files are numbered 0.
     number = request.backup.increment_id if request.backup and any(parents) else 0
     disks = tuple(_stage(call, view, parent, number) for view, parent in zip(views, parents, strict=True))
-    (call.source_dir / "vm.xml").write_text(xmldoc.serialize(vm.element, pretty=True))
-    (call.source_dir / "domain.xml").write_text(xmldoc.serialize(domain.to_xml()))
+    (call.source_dir / VM_XML).write_text(xmldoc.serialize(vm.element, pretty=True))
+    (call.source_dir / DOMAIN_XML).write_text(xmldoc.serialize(domain.to_xml()))
     exports = Exports(
         disks=disks,
         increment_id=number,
@@ -131,7 +132,7 @@ def export(call: Call, host: DummyHost, vm: Vm, *, running: bool) -> Answer:
             ExcludedDisk(entry.disk.target, Reason(entry.reason.value), entry.disk.disk_id, entry.text)
             for entry in excluded
         ),
-        files=("vm.xml", "domain.xml"),
+        files=(VM_XML, DOMAIN_XML),
     )
     return {"EXPORTS": exports.to_xml()}
 

@@ -13,10 +13,11 @@ from oned_backup.hypervisor.dummy import DummyHost, checkpoint_path
 from oned_backup.model.host import Host
 from oned_backup.model.names import CHECKPOINT_PREFIX
 from oned_backup.model.vm import Vm
-from oned_backup.sdk import Answer, Call, Driver
+from oned_backup.sdk import Answer, Call
+from oned_backup.transfer.files_driver import FilesDriver
 
 
-class Dummy(Driver):
+class Dummy(FilesDriver):
     """Increments where the parent's checkpoint is there, else full backups."""
 
     def pre_backup_live(self, call: Call) -> Answer:
@@ -45,25 +46,6 @@ class Dummy(Driver):
                     path.unlink()
 
     post_backup_live = post_backup
-
-    def pre_restore(self, call: Call) -> Answer:
-        """Where to write the disks that are restored."""
-        from oned_backup.contract.targets import targets_to_xml  # noqa: PLC0415
-        from oned_backup.transfer import restoring  # noqa: PLC0415 - loads libvirt's module
-
-        return {"TARGETS": targets_to_xml(restoring.pre_restore(call.request, call.source_dir))}
-
-    def restore(self, call: Call) -> None:
-        """What was restored has its names."""
-        from oned_backup.transfer import restoring  # noqa: PLC0415
-
-        restoring.restore(call.request)
-
-    def post_restore(self, call: Call) -> None:
-        """Nothing is left of it but a restore that succeeded."""
-        from oned_backup.transfer import restoring  # noqa: PLC0415
-
-        restoring.post_restore(call.request)
 
 
 def _place(call: Call) -> tuple[DummyHost, Vm]:

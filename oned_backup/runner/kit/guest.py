@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from oned_backup.contract import companions
 from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
 from oned_backup.errors import Unavailable
 
@@ -32,9 +33,9 @@ VM_XML = """<VM>
 
 """
 SMALL_FILES = {
-    "vm.xml": VM_XML.encode(),
-    "domain.xml": b"<domain type='kvm'><name>b\xc3\xbcro</name></domain>",
-    "nvram.fd": bytes(range(256)) * 64,
+    companions.VM_XML: VM_XML.encode(),
+    companions.DOMAIN_XML: b"<domain type='kvm'><name>b\xc3\xbcro</name></domain>",
+    companions.NVRAM: bytes(range(256)) * 64,
 }
 
 
