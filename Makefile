@@ -27,7 +27,7 @@ check: setup ## linters, types, layers
 	@.venv/bin/lint-imports --no-logo
 	@shellcheck $$(git ls-files '*.sh') .ci/run
 
-bench: ## the benchmark table (QUICK=1: with a smaller disk, some ten minutes)
+bench: ## the benchmark table (QUICK=1: with a smaller disk)
 	@share/setup.sh lab bench
 	@PYTHONPATH=share/lab $(PYTHON) -m tests.bench $(if $(QUICK),--quick)
 

@@ -51,7 +51,7 @@ def _machine() -> str:
 def main() -> int:
     """Measure and print; 0 whatever the numbers are: a benchmark reports, it does not judge."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller disk: some ten minutes")
+    parser.add_argument("--quick", action="store_true", help="a smaller disk")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--directory", help="where the disks and stores of the run lie")
     arguments = parser.parse_args()
