@@ -16,6 +16,7 @@ from enum import IntEnum, StrEnum
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput
 from oned_backup.model.backup_config import OWN, BackupConfig, imported_config
+from oned_backup.model.described_domain import described_domain, has_agent_channel
 from oned_backup.model.disk import Disk as Disk  # noqa: PLC0414 - a VM's disks, for its readers
 from oned_backup.model.disk import disk_from_element, disk_to_element, domain_disks, with_ids
 from oned_backup.model.document import (
@@ -23,7 +24,6 @@ from oned_backup.model.document import (
     Document,
     Owner,
     add_id,
-    checked_title,
     fitting_title,
     id_list,
     identity,
@@ -33,8 +33,6 @@ from oned_backup.model.document import (
     section,
     shown,
 )
-
-_AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 
 class VmState(IntEnum):
@@ -237,7 +235,7 @@ def sync_domain(
         size_mb = disk.size_mb or (before.size_mb if before else 0)
         children.append(disk_to_element(replace(disk, size_mb=size_mb), old.get(disk.disk_id)))
     replace_all(template, "DISK", children)
-    for tag, elements in _template_values(domain, template).items():
+    for tag, elements in described_domain(domain, template).items():
         replace_all(template, tag, elements)
     ours = section(section(element, "USER_TEMPLATE"), "ONED_BACKUP")
     xmldoc.put(ours, "NEXT_DISK_ID", next_id)
@@ -254,12 +252,6 @@ def with_placement(vm: Vm, placement: Placement, *, date: int) -> Vm:
     records.append(history)
     xmldoc.put(section(element, "TEMPLATE"), "TM_MAD_SYSTEM", placement.tm_mad)
     return Vm(element)
-
-
-def has_agent_channel(domain: xmldoc.Element) -> bool:
-    """Whether the domain has the channel that the QEMU guest agent listens on."""
-    names = (target.get("name") for target in domain.iterfind("devices/channel/target"))
-    return _AGENT_CHANNEL in names
 
 
 def with_power(vm: Vm, state: DomainState) -> Vm:
@@ -328,13 +320,6 @@ def without_backup(vm: Vm, image_id: int) -> Vm:
     return left
 
 
-def with_name(vm: Vm, name: str) -> Vm:
-    """`vm` under another name; the domain on the hypervisor keeps its own."""
-    element = xmldoc.copy(vm.element)
-    xmldoc.put(element, "NAME", checked_title(name))
-    return Vm(element)
-
-
 def with_error(vm: Vm, text: str, when: str) -> Vm:
     """`vm` with USER_TEMPLATE/ERROR telling what went wrong and `when` (a readable time)."""
     element = xmldoc.copy(vm.element)
@@ -349,51 +334,6 @@ def without_error(vm: Vm) -> Vm:
     element = xmldoc.copy(vm.element)
     replace_all(section(element, "USER_TEMPLATE"), "ERROR", [])
     return Vm(element)
-
-
-def _template_values(domain: xmldoc.Element, template: xmldoc.Element) -> dict[str, list[xmldoc.Element]]:
-    """TEMPLATE's children that say what the domain is, for people to read; a restore uses domain.xml."""
-    old_os = template.find("OS")
-    os_element = xmldoc.build("OS") if old_os is None else xmldoc.copy(old_os)
-    kind = domain.find("os/type")
-    described = {
-        "ARCH": "" if kind is None else kind.get("arch", ""),
-        "MACHINE": "" if kind is None else kind.get("machine", ""),
-        "UUID": domain.findtext("uuid", "").strip(),
-    }
-    for tag, value in described.items():
-        replace_all(os_element, tag, [xmldoc.build(tag, value)] if value else [])
-    vcpu = domain.findtext("vcpu", "1").strip() or "1"
-    return {
-        "CPU": [xmldoc.build("CPU", vcpu)],
-        "MEMORY": [xmldoc.build("MEMORY", _memory_mb(domain))],
-        "NIC": [_nic(place, nic) for place, nic in enumerate(domain.iterfind("devices/interface"))],
-        "OS": [os_element],
-        "VCPU": [xmldoc.build("VCPU", vcpu)],
-    }
-
-
-def _memory_mb(domain: xmldoc.Element) -> int:
-    memory = domain.find("memory")
-    if memory is None:
-        return 0
-    units = {"b": 1, "bytes": 1, "KB": 10**3, "k": 1024, "KiB": 1024, "MB": 10**6, "M": 1024**2}
-    units |= {"MiB": 1024**2, "GB": 10**9, "G": 1024**3, "GiB": 1024**3, "T": 1024**4, "TiB": 1024**4}
-    return xmldoc.integer(memory, ".") * units.get(memory.get("unit", "KiB"), 1024) // 1024**2
-
-
-def _nic(place: int, interface: xmldoc.Element) -> xmldoc.Element:
-    values: dict[str, xmldoc.Content] = {}
-    for tag, path, attribute in (
-        ("BRIDGE", "source", "bridge"),
-        ("MAC", "mac", "address"),
-        ("MODEL", "model", "type"),
-        ("NETWORK", "source", "network"),
-    ):
-        found = interface.find(path)
-        if found is not None and found.get(attribute):
-            values[tag] = found.get(attribute)
-    return xmldoc.build("NIC", dict(sorted({**values, "NIC_ID": place}.items())))
 
 
 def _history(vm_id: int, placement: Placement, date: int, owner: Owner) -> dict[str, xmldoc.Content]:

@@ -2,7 +2,8 @@
 
 from oned_backup.store.backups import Backup, BackupState, NewestGood, Points
 from oned_backup.store.documents import Versioned
-from oned_backup.store.journal import Journal, Operation, OperationState, Step, StepState
+from oned_backup.store.journal import Journal
+from oned_backup.store.journal_entries import Operation, OperationState, Step, StepState
 from oned_backup.store.secrets import SecretBox
 from oned_backup.store.store import Store, Transaction
 

@@ -14,11 +14,8 @@ operation of a lock runs; the oldest that may run is claimed first.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -26,35 +23,22 @@ import sqlalchemy as sa
 
 from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.store.database import Session
+from oned_backup.store.journal_entries import (
+    STEP_CHANGES,
+    Operation,
+    OperationState,
+    Step,
+    StepState,
+    dump,
+    operation_of,
+    plain_text,
+    step_of,
+)
 from oned_backup.store.schema import operations, steps
 
 _PRUNED_AT_ONCE = 1000
 #: nobody waits longer: the clock was ahead when a time so far off was written
 _LONGEST_WAIT_S = 86_400.0
-
-
-class OperationState(StrEnum):
-    """Where an operation stands; the last three are final."""
-
-    QUEUED = "QUEUED"
-    RUNNING = "RUNNING"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing more will happen."""
-        return self in {OperationState.DONE, OperationState.FAILED, OperationState.CANCELLED}
-
-
-class StepState(StrEnum):
-    """Where a step stands. INTENT: its effect may exist, wholly or partly."""
-
-    INTENT = "INTENT"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    UNDONE = "UNDONE"
 
 
 # Built once: making a statement takes longer than running it.
@@ -111,53 +95,6 @@ def _first_due(kinds: frozenset[str] | None) -> sa.Select[Any]:
     return _due(kinds).limit(1)
 
 
-_STEP_CHANGES = {
-    StepState.INTENT: {StepState.DONE, StepState.FAILED, StepState.UNDONE},
-    StepState.DONE: {StepState.UNDONE},
-    StepState.FAILED: {StepState.UNDONE},
-    StepState.UNDONE: set(),
-}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation as it stands in the journal; times in seconds since 1970.
-
-    One that was postponed is QUEUED with `not_before`, and with the `error` and `result` of its last
-    attempt; `started_at` is the first attempt's.
-    """
-
-    id: str
-    kind: str
-    lock: str
-    state: OperationState
-    cancel_requested: bool
-    vm_id: int | None
-    image_id: int | None
-    datastore_id: int | None
-    arguments: Mapping[str, Any]
-    result: Mapping[str, Any]
-    error: str
-    queued_at: float
-    started_at: float | None
-    ended_at: float | None
-    not_before: float | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step: `data` was written with the intent, `result` with the outcome."""
-
-    operation_id: str
-    number: int
-    name: str
-    state: StepState
-    data: Mapping[str, Any]
-    result: Mapping[str, Any]
-    started_at: float
-    ended_at: float | None
-
-
 class Journal:
     """The journal's part of a store (each call a transaction) or of one transaction."""
 
@@ -186,12 +123,12 @@ class Journal:
                 "vm_id": vm_id,
                 "image_id": image_id,
                 "datastore_id": datastore_id,
-                "arguments": _dump(arguments),
-                "result": _dump({}),
+                "arguments": dump(arguments),
+                "result": dump({}),
                 "error": "",
                 "queued_at": self._session.now(),
             }
-            return _operation(connection.execute(_NEW, values).one())
+            return operation_of(connection.execute(_NEW, values).one())
 
     def claim(
         self,
@@ -212,10 +149,10 @@ class Journal:
                 return None
         with self._session.write() as connection:
             with connection.execute(_due(kinds), now) as rows:
-                chosen = _first_allowed(map(_operation, rows), allowed)
+                chosen = _first_allowed(map(operation_of, rows), allowed)
             if chosen is None:
                 return None
-            return _operation(connection.execute(_CLAIM, {"this": chosen.id, **now}).one())
+            return operation_of(connection.execute(_CLAIM, {"this": chosen.id, **now}).one())
 
     def finish(
         self,
@@ -230,7 +167,7 @@ class Journal:
             raise InvalidInput(f"{state} does not end an operation")
         with self._session.write() as connection:
             _require_running(connection, operation_id)
-            told = {"result": _dump(result or {}), "error": _text(error)}
+            told = {"result": dump(result or {}), "error": plain_text(error)}
             changes = {"state": state, **told, "ended_at": self._session.now()}
             return _change(connection, operation_id, changes)
 
@@ -248,7 +185,7 @@ class Journal:
             changes: dict[str, Any] = {"state": OperationState.QUEUED, "not_before": now + wait_s}
             if _get(connection, operation_id).cancel_requested:
                 changes = {"state": OperationState.CANCELLED, "ended_at": now}
-            told = {"result": _dump(result), "error": _text(error)}
+            told = {"result": dump(result), "error": plain_text(error)}
             return _change(connection, operation_id, changes | told)
 
     def request_cancel(self, operation_id: str) -> Operation:
@@ -274,8 +211,8 @@ class Journal:
                 "number": number,
                 "name": name,
                 "state": StepState.INTENT,
-                "data": _dump(data or {}),
-                "result": _dump({}),
+                "data": dump(data or {}),
+                "result": dump({}),
                 "started_at": self._session.now(),
             }
             connection.execute(_NEW_STEP, values)
@@ -296,14 +233,14 @@ class Journal:
             found = _require_running(connection, operation_id, number)
             if found.name is None:
                 raise NotFound(f"operation {operation_id} has no step {number}")
-            if state not in _STEP_CHANGES[StepState(found.step_state)]:
+            if state not in STEP_CHANGES[StepState(found.step_state)]:
                 raise Conflict(
                     f"operation {operation_id}, step {number} ({found.name}):"
                     f" {found.step_state} cannot become {state}"
                 )
             changes: dict[str, Any] = {"state": state, "ended_at": self._session.now()}
             if result is not None:
-                changes["result"] = _dump(result)
+                changes["result"] = dump(result)
             connection.execute(_CHANGE_STEP, {"this": operation_id, "step": number, **changes})
 
     def unfinished(self) -> list[Operation]:
@@ -318,7 +255,7 @@ class Journal:
             operations.c.ended_at.is_(None) | (operations.c.ended_at >= since),
         )
         with self._session.read() as connection:
-            return [_operation(row) for row in connection.execute(query)]
+            return [operation_of(row) for row in connection.execute(query)]
 
     def get(self, operation_id: str) -> Operation:
         """The operation; `NotFound` if there is none."""
@@ -328,7 +265,7 @@ class Journal:
     def steps(self, operation_id: str) -> list[Step]:
         """The operation's steps in the order they were begun."""
         with self._session.read() as connection:
-            return [_step(row) for row in connection.execute(_STEPS, {"this": operation_id})]
+            return [step_of(row) for row in connection.execute(_STEPS, {"this": operation_id})]
 
     def prune(self, ended_before: float) -> int:
         """Forget operations that ended before that time, with their steps; how many.
@@ -368,7 +305,7 @@ class Journal:
         query = _search(tuple(wanted))
         with self._session.read() as connection:
             found = connection.execute(query if limit is None else query.limit(limit), wanted)
-            return [_operation(row) for row in found]
+            return [operation_of(row) for row in found]
 
 
 @cache
@@ -398,11 +335,11 @@ def _get(connection: sa.Connection, operation_id: str) -> Operation:
     row = connection.execute(_GET, {"this": operation_id}).one_or_none()
     if row is None:
         raise _absent(operation_id)
-    return _operation(row)
+    return operation_of(row)
 
 
 def _change(connection: sa.Connection, operation_id: str, changes: Mapping[str, Any]) -> Operation:
-    return _operation(connection.execute(_CHANGE, {"this": operation_id, **changes}).one())
+    return operation_of(connection.execute(_CHANGE, {"this": operation_id, **changes}).one())
 
 
 def _require_running(connection: sa.Connection, operation_id: str, number: int = 0) -> Any:
@@ -413,30 +350,3 @@ def _require_running(connection: sa.Connection, operation_id: str, number: int =
     if row.state != OperationState.RUNNING:
         raise Conflict(f"operation {operation_id} is {row.state}, not RUNNING")
     return row
-
-
-def _operation(row: sa.Row[Any]) -> Operation:
-    values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name
-    del values["sequence"]
-    for name in ("arguments", "result"):
-        values[name] = json.loads(values[name])
-    return Operation(**{**values, "state": OperationState(values["state"])})
-
-
-def _step(row: sa.Row[Any]) -> Step:
-    values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name
-    for name in ("data", "result"):
-        values[name] = json.loads(values[name])
-    return Step(**{**values, "state": StepState(values["state"])})
-
-
-def _text(text: str) -> str:
-    """`text` without what is no Unicode, such as the undecodable bytes of a file name."""
-    return text.encode(errors="replace").decode()
-
-
-def _dump(values: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(values, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"journal: not plain data: {error}") from error

@@ -8,6 +8,7 @@ from oned_backup.model import datastore as datastores
 from oned_backup.model import host as hosts
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.disk import Disk, domain_disks, with_ids
+from oned_backup.model.document import checked_title
 from oned_backup.model.retention import Rules
 from oned_backup.model.selection import configure
 from oned_backup.model.vm import (
@@ -20,7 +21,6 @@ from oned_backup.model.vm import (
     with_backup,
     with_config,
     with_error,
-    with_name,
     with_power,
     with_state,
     without_backup,
@@ -149,7 +149,7 @@ def test_changes_leave_the_old_document_alone(vm, domain):
 
     _sync(vm, domain, DomainState.OFF)
     with_backup(backup_begun(vm), 3)
-    with_error(with_name(vm, "x"), "y", "z")
+    with_error(vm, "y", "z")
 
     assert xmldoc.serialize(vm.element) == before
 
@@ -162,7 +162,9 @@ def test_a_size_that_is_not_told_stays_as_it_was(vm, domain):
 def test_the_name_follows_a_rename_unless_it_was_given_here(vm, domain):
     domain.find("name").text = 'w "2" ü'
     renamed = _sync(vm, domain)
-    own = _sync(with_name(vm, "mine"), domain)
+    element = xmldoc.copy(vm.element)
+    xmldoc.put(element, "NAME", "mine")
+    own = _sync(Vm(element), domain)
 
     assert (renamed.name, renamed.deploy_id) == ('w "2" ü', 'w "2" ü')
     assert (own.name, own.deploy_id) == ("mine", 'w "2" ü')
@@ -178,9 +180,9 @@ def test_a_domain_with_a_name_that_is_too_much_for_a_document_is_followed(vm, do
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 129, "a\x1bb"])
-def test_a_name_that_cannot_be_shown_is_refused(vm, name):
+def test_a_name_that_cannot_be_shown_is_refused(name):
     with pytest.raises(InvalidInput, match="name"):
-        with_name(vm, name)
+        checked_title(name)
 
 
 def test_a_domain_without_name_is_refused(vm):
