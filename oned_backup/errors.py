@@ -49,6 +49,10 @@ class InvalidInput(OnedBackupError):
     exit_code = 2
 
 
+class NothingToBackUp(InvalidInput):
+    """A VM has no disk that could be backed up, which is no failure where all VMs are meant."""
+
+
 class Cancelled(OnedBackupError):
     """The operation was ended on request."""
 

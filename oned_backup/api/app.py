@@ -217,6 +217,11 @@ def _add_vms(app: FastAPI, service: Service) -> None:
     def show(vm_id: int) -> Any:
         return views.vm_view(services.store, services.vm(vm_id))
 
+    @app.delete("/v1/vms/{vm_id}")
+    def forget(vm_id: int) -> Any:
+        vm = inventory.forget_vm(services, vm_id)
+        return {"id": vm.id, "name": vm.name, "images": len(services.store.rows("image", vm_id=vm_id))}
+
     @app.patch("/v1/vms/{vm_id}/config")
     def configure(vm_id: int, body: ConfigBody) -> Any:
         vm, ended = inventory.configure_vm(services, vm_id, body.values)
@@ -229,6 +234,10 @@ def _add_vms(app: FastAPI, service: Service) -> None:
     @app.post("/v1/vms/{vm_id}/backup-cancel")
     def cancel(vm_id: int) -> Any:
         return views.operation_view(service, requests.cancel_backup(service, vm_id))
+
+    @app.post("/v1/vms/{vm_id}/untrack")
+    def untrack(vm_id: int) -> Any:
+        return views.operation_view(service, requests.untrack(service, vm_id))
 
     @app.get("/v1/vms/{vm_id}/retention")
     def retention_plan(vm_id: int) -> Any:

@@ -63,12 +63,18 @@ def conclude(client: Client, operation: JSON, *, wait: bool, as_json: bool, show
 
 
 def conclude_many(
-    client: Client, begin: Sequence[tuple[str, Callable[[], JSON]]], *, wait: bool, as_json: bool, show: Show
+    client: Client,
+    begin: Sequence[tuple[str, Callable[[], JSON]]],
+    *,
+    wait: bool,
+    as_json: bool,
+    show: Show,
+    skip: type[OnedBackupError] | None = None,
 ) -> None:
     """Begin all, then wait for each (or not); one that fails keeps no other from it. JSON is a list.
 
-    `begin`: of each its name, and what queues it. If some failed an error is raised in the end, of the
-    kind of their errors if that is one.
+    `begin`: of each its name, and what queues it. `skip`: such an error is told, and is none. If some failed
+    an error is raised in the end, of the kind of their errors if that is one.
     """
     failed: list[OnedBackupError] = []
 
@@ -77,6 +83,9 @@ def conclude_many(
         try:
             yield
         except OnedBackupError as error:
+            if skip is not None and isinstance(error, skip):
+                warn(f"skipped: {error.message}")
+                return
             complain(error.message if name in error.message else f"{name}: {error.message}", error.hint)
             failed.append(error)
 

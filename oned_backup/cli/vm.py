@@ -12,7 +12,7 @@ from oned_backup.cli import follow, output
 from oned_backup.cli.operation import failure_fields
 from oned_backup.cli.session import Json, Wait, client, key_values
 from oned_backup.client import Client, error_of
-from oned_backup.errors import InvalidInput
+from oned_backup.errors import InvalidInput, NothingToBackUp
 
 app = typer.Typer(help="Virtual machines and their backups.", no_args_is_help=True)
 
@@ -177,7 +177,7 @@ def backup(
     """Back up VMs, running or off.
 
     Several are backed up side by side, as far as the daemon's limits let them. If some fail, the others are
-    backed up all the same.
+    backed up all the same. With --all, VMs without a disk to back up are named and skipped.
     """
     if every == bool(refs):
         raise InvalidInput("name the VMs to back up, or use --all")
@@ -194,7 +194,10 @@ def backup(
     if every:
         vm_ids = [vm["id"] for vm in api.get("vms") if vm["host_id"] >= 0 and vm["state"] != "DONE"]
     begin = [(f"VM {vm_id}", partial(api.post, f"vms/{vm_id}/backup", body)) for vm_id in vm_ids]
-    follow.conclude_many(api, begin, wait=wait, as_json=json, show=_show_backup)
+    if not begin:
+        output.warn("No VMs on any host. Import some: oned-backup vm import HOST --all")
+    skip = NothingToBackUp if every else None
+    follow.conclude_many(api, begin, wait=wait, as_json=json, show=_show_backup, skip=skip)
 
 
 def _show_backup(operation: Mapping[str, Any]) -> None:
@@ -207,6 +210,19 @@ def _show_backup(operation: Mapping[str, Any]) -> None:
     output.say(f"  disks: {follow.sizes_text(result['disks'])}")
     for disk in result["excluded"]:
         output.say(f"  not backed up: {disk['target']} ({disk['reason']})")
+
+
+@app.command()
+def forget(ref: _Ref) -> None:
+    """Back up a VM no more, because it is gone or not wanted. Its backups stay and can be restored.
+
+    Its domain is not touched. `vm import` makes it the VM that it was. When the last of its images is deleted
+    nothing of it is left.
+    """
+    api = client()
+    vm = api.delete(f"vms/{api.resolve('vm', ref)}")
+    kept = f"its {vm['images']} images stay: oned-backup image list --vm {vm['id']}" if vm["images"] else ""
+    output.say(f"VM {vm['id']} ({vm['name']}) forgotten" + (f"; {kept}" if kept else ""))
 
 
 @app.command()
@@ -280,3 +296,19 @@ def backup_cancel(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
         output.print_json(operation)
     else:
         output.say(f"backup {operation['id']}: {operation['state']}")
+
+
+@app.command()
+def untrack(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
+    """Take our checkpoints and dirty bitmaps off a VM's disks; its backups stay.
+
+    Before it is reverted to an internal snapshot, or when it is not to be backed up any more. Its next
+    backup is a full one.
+    """
+    api = client()
+    operation = api.post(f"vms/{api.resolve('vm', ref)}/untrack")
+    follow.conclude(api, operation, wait=wait, as_json=json, show=_show_untracked)
+
+
+def _show_untracked(operation: Mapping[str, Any]) -> None:
+    output.say(f"VM {operation['vm_id']}: nothing of ours is on its disks; the next backup is a full one")

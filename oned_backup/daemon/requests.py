@@ -7,27 +7,28 @@ from typing import Any
 
 from oned_backup.contract.url import parse_url
 from oned_backup.daemon.service import Service
-from oned_backup.errors import Conflict, InvalidInput, NotFound
+from oned_backup.errors import Conflict, InvalidInput, NotFound, NothingToBackUp, OnedBackupError
 from oned_backup.model.image import Image, ImageState
 from oned_backup.model.pruning import with_pin
-from oned_backup.model.vm import VmState
+from oned_backup.model.selection import refuse_without_disks
+from oned_backup.model.vm import Vm, VmState, without_error
 from oned_backup.operations import prune as pruning
 from oned_backup.operations import scrub as scrubbing
+from oned_backup.operations.caller import query_caller
 from oned_backup.operations.delete import refuse_pinned
 from oned_backup.operations.exclusion import datastore_lock, must_wait_for, retention_lock, vm_lock
 from oned_backup.operations.flatten import checked_run
+from oned_backup.operations.moving import refreshed
+from oned_backup.operations.services import Services
 from oned_backup.store import Operation, OperationState
 
 
 def backup(
     service: Service, vm_id: int, *, datastore_id: int | None = None, reset: bool = False
 ) -> Operation:
-    """Queue a backup of a VM; `Conflict` if one is queued or running."""
-    vm = service.services.vm(vm_id)
-    if vm.state == VmState.DONE or vm.host_id < 0:
-        raise Conflict(
-            f"VM {vm_id} ({vm.name}) is on no host", hint="Import its domain with `oned-backup vm import`."
-        )
+    """Queue a backup of a VM; `Conflict` if one is queued or running, `NothingToBackUp` without disks."""
+    vm = _placed(service, vm_id)
+    _refuse_without_disks(service.services, vm)
     if datastore_id is not None:
         service.services.datastore(datastore_id)
     other = _backup_of(service, vm_id)
@@ -42,6 +43,19 @@ def backup(
     return service.submit("backup", vm_lock(vm_id), arguments, vm_id=vm_id, datastore_id=datastore_id)
 
 
+def _refuse_without_disks(services: Services, vm: Vm) -> None:
+    """`NothingToBackUp` if the VM has no disk to back up, now either: only then its host is asked."""
+    try:
+        refuse_without_disks(vm)
+    except NothingToBackUp:
+        try:
+            vm, _, _ = refreshed(services, query_caller(services, "backup"), vm)
+        except OnedBackupError:
+            return  # the backup itself tells what is wrong, and waits for a host that does not answer
+        services.store.change("vm", vm.id, lambda element: without_error(Vm(element)).element)
+        refuse_without_disks(vm)
+
+
 def cancel_backup(service: Service, vm_id: int) -> Operation:
     """Ask for the end of the VM's backup; `Conflict` if there is none."""
     service.services.vm(vm_id)
@@ -49,6 +63,13 @@ def cancel_backup(service: Service, vm_id: int) -> Operation:
     if running is None:
         raise Conflict(f"VM {vm_id}: no backup in progress")
     return service.cancel(running.id)
+
+
+def untrack(service: Service, vm_id: int) -> Operation:
+    """Queue the removal of our checkpoints and dirty bitmaps from a VM's disks; its chain ends."""
+    vm = _placed(service, vm_id)
+    arguments = {"vm_id": vm_id, "host_id": vm.host_id}
+    return service.submit("untrack", vm_lock(vm_id), arguments, vm_id=vm_id)
 
 
 def restore(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
@@ -180,6 +201,15 @@ def waits_for(service: Service, operation: Operation) -> Operation | None:
     running = service.services.store.journal.list(state=OperationState.RUNNING)
     same_lock = next((other for other in running if other.lock == operation.lock), None)
     return same_lock or must_wait_for(operation, running)
+
+
+def _placed(service: Service, vm_id: int) -> Vm:
+    vm = service.services.vm(vm_id)
+    if vm.state == VmState.DONE or vm.host_id < 0:
+        raise Conflict(
+            f"VM {vm_id} ({vm.name}) is on no host", hint="Import its domain with `oned-backup vm import`."
+        )
+    return vm
 
 
 def _backup_of(service: Service, vm_id: int) -> Operation | None:

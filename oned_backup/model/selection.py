@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from oned_backup.errors import InvalidInput
+from oned_backup.errors import InvalidInput, NothingToBackUp
 from oned_backup.model.backup_config import BackupConfig, Mode, updated
 from oned_backup.model.disk import Disk
 from oned_backup.model.vm import Vm, with_config
@@ -47,6 +47,14 @@ _BACKED_UP = frozenset({"FILE", "BLOCK", "FS"})
 def select_disks(vm: Vm) -> tuple[tuple[Disk, ...], tuple[ExcludedDisk, ...]]:
     """The disks to back up, and the others with the reason, each in order of disk ids."""
     return select(vm.disks, vm.config)
+
+
+def refuse_without_disks(vm: Vm) -> None:
+    """`NothingToBackUp` unless the VM has a disk to back up."""
+    included, excluded = select_disks(vm)
+    if not included:
+        reasons = "; ".join(entry.text for entry in excluded) or "it has none"
+        raise NothingToBackUp(f"VM {vm.id} ({vm.name}) has no disk to back up: {reasons}")
 
 
 def select(disks: Iterable[Disk], config: BackupConfig) -> tuple[tuple[Disk, ...], tuple[ExcludedDisk, ...]]:

@@ -44,7 +44,7 @@ from oned_backup.model.datastore import Datastore, disabled
 from oned_backup.model.image import Image
 from oned_backup.model.manifest import dump_on_one_line, parse_manifest
 from oned_backup.model.names import checkpoint_name
-from oned_backup.model.selection import select_disks
+from oned_backup.model.selection import refuse_without_disks, select_disks
 from oned_backup.model.vm import (
     DomainState,
     Vm,
@@ -96,10 +96,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
             f"VM {vm_id} ({vm.name}) has crashed and is kept as it is for inspection",
             hint="Stop or restart the domain, then back it up.",
         )
-    included, excluded = select_disks(vm)
-    if not included:
-        reasons = "; ".join(entry.text for entry in excluded) or "it has none"
-        raise InvalidInput(f"VM {vm_id} ({vm.name}) has no disk to back up: {reasons}")
+    refuse_without_disks(vm)
     with services.store.view() as view:
         images = [Image(view.get("image", image_id).element) for image_id in vm.backup_ids]
         datastore = Datastore(view.get("datastore", chain.datastore_id).element)

@@ -30,7 +30,7 @@ from oned_backup.errors import Cancelled, Conflict, NotFound, OnedBackupError, U
 from oned_backup.model.datastore import Datastore, without_image
 from oned_backup.model.image import Image, ImageState, with_state
 from oned_backup.model.pruning import pinned, to_remove, with_cut, with_to_remove, without_to_remove
-from oned_backup.model.vm import Vm, with_config, without_backup
+from oned_backup.model.vm import Vm, VmState, with_config, without_backup
 from oned_backup.operations import stored
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind
@@ -256,6 +256,9 @@ def _forget_of(context: Context, tx: Transaction, image: Image) -> None:
         lambda element: without_image(Datastore(element), image.id).element,
     )
     tx.delete("image", image.id)
+    vm = Vm(tx.get("vm", image.vm_id).element)
+    if vm.state == VmState.DONE and not tx.find("image", vm_id=vm.id):  # it was there for its images only
+        tx.delete("vm", vm.id)
 
 
 def _result(context: Context) -> Mapping[str, Any]:

@@ -97,24 +97,45 @@ def remove_host(services: Services, host_id: int, *, force: bool) -> None:
             f"host {host_id} has {len(there)} imported VMs",
             hint="--force forgets them with it; their backups are kept.",
         )
-    for vm in there:
-        _refuse_busy(services, vm)
     with services.store.transaction() as tx:
         tx.get("host", host_id)
         for vm in there:
-            if vm.backup_ids:
-                tx.change(
-                    "vm",
-                    vm.id,
-                    lambda element: with_vm_state(Vm(element), VmState.DONE, LcmState.INIT).element,
-                )
-            else:
-                tx.delete("vm", vm.id)
+            _forget(tx, vm)
         tx.delete("host", host_id)
 
 
-def _refuse_busy(services: Services, vm: Vm) -> None:
-    for operation in services.store.journal.list(vm_id=vm.id, limit=20):
+def forget_vm(services: Services, vm_id: int) -> Vm:
+    """Back up a VM no more: what it was. If it has images it stays, in state DONE, else it goes.
+
+    Its domain, where there is one, is not touched; to import that makes it the VM that it was.
+    """
+    with services.store.transaction() as tx:
+        vm = Vm(tx.get("vm", vm_id).element)
+        if vm.state == VmState.DONE and tx.find("image", vm_id=vm_id):
+            raise Conflict(
+                f"VM {vm_id} ({vm.name}) is forgotten already, but for its images",
+                hint=f"When the last one is deleted it goes: `oned-backup image list --vm {vm_id}`.",
+            )
+        _forget(tx, vm)
+        for entry in tx.find("host"):
+            host = Host(entry.element)
+            if vm_id in host.vm_ids:
+                tx.change("host", host.id, lambda element: without_vm(Host(element), vm_id).element)
+    return vm
+
+
+def _forget(tx: Transaction, vm: Vm) -> None:
+    _refuse_busy(tx, vm)
+    if tx.find("image", vm_id=vm.id):
+        tx.change(
+            "vm", vm.id, lambda element: with_vm_state(Vm(element), VmState.DONE, LcmState.INIT).element
+        )
+    else:
+        tx.delete("vm", vm.id)
+
+
+def _refuse_busy(tx: Transaction, vm: Vm) -> None:
+    for operation in tx.journal.list(vm_id=vm.id, limit=20):
         if not operation.state.is_final:
             raise Conflict(f"VM {vm.id} ({vm.name}): {operation.kind} {operation.id} is {operation.state}")
 

@@ -87,6 +87,11 @@ def refreshed(services: Services, caller: Caller, before: Vm) -> tuple[Vm, Domai
         trouble = error
     home = new_home(services, caller, before, only_active=not isinstance(trouble, NotFound))
     if home is None:
+        if isinstance(trouble, NotFound):
+            raise NotFound(
+                f"VM {before.id} ({before.name}) is gone: {trouble.message}, nor on any other that is known",
+                hint=f"`oned-backup vm forget {before.id}` if that is so; its backups stay.",
+            ) from trouble
         if trouble is not None:
             raise trouble
         return vm, state, ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from oned_backup.cli.follow import _description
+from oned_backup.errors import NotFound
 
 from .conftest import Stack
 
@@ -95,3 +98,42 @@ def test_several_vms_are_backed_up_and_one_that_fails_keeps_no_other_from_it(sta
     assert "oned-backup: 1 of 2 failed" in partly.err
     assert stack("vm", "backup").code == 2
     assert stack("vm", "backup", "web", "--all").code == 2
+
+
+def test_vms_without_a_disk_to_back_up_are_no_failure_of_all(stack: Stack) -> None:
+    """At first the catalogue does not know that the disk has gone; later nothing is begun any more."""
+    db = stack.host.find("db")
+    definition = stack.host.root / f"{db.uuid}.json"
+    with_disk = definition.read_text()
+    definition.write_text(json.dumps({**json.loads(with_disk), "disks": []}))
+    for _ in range(2):
+        every = stack.ok("vm", "backup", "--all")
+        assert "skipped: VM 0 (db) has no disk to back up: it has none" in every.err
+        assert "VM 1: image " in every.out
+    assert stack("vm", "backup", "db").code == 2
+    assert len(stack.ok("operation", "list", "--vm", "db", "--json").json) == 1
+    assert "FAILED" not in stack.ok("vm", "list").out
+    definition.write_text(with_disk)
+    assert "VM 0: image " in stack.ok("vm", "backup", "--all").out
+
+
+def test_a_vm_that_is_gone_is_forgotten_and_its_backups_stay(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "--all")
+    image = stack.ok("image", "list", "--vm", "db", "--json").json[0]["id"]
+    db = stack.host.find("db")
+    definition = stack.host.root / f"{db.uuid}.json"
+    with_disk = definition.read_text()
+    definition.unlink()
+    gone = stack("vm", "backup", "--all")
+    assert gone.code == NotFound.exit_code
+    assert "oned-backup vm forget 0" in gone.err
+    assert "its 1 images stay" in stack.ok("vm", "forget", "db").out
+    assert "VM 0" not in stack.ok("vm", "backup", "--all").err
+    stack.ok("image", "restore", str(image), "--to", str(tmp_path / "restored"))
+    definition.write_text(with_disk)
+    stack.ok("vm", "import", "lab", "db")
+    assert "VM 0: image " in stack.ok("vm", "backup", "db").out
+    stack.ok("vm", "forget", "db")
+    for one in stack.ok("image", "list", "--vm", "db", "--json").json:
+        stack.ok("image", "delete", str(one["id"]))
+    assert [vm["name"] for vm in stack.ok("vm", "list", "--json").json] == ["web"]

@@ -14,6 +14,7 @@ from oned_backup.contract.request import Request
 from oned_backup.daemon.directories import make_directories
 from oned_backup.errors import Conflict, Misconfigured, NotFound, Unavailable
 from oned_backup.model.datastore import Datastore, with_image
+from oned_backup.model.vm import VmState
 from oned_backup.operations import inventory
 from oned_backup.operations.datastores import (
     create_datastore,
@@ -22,7 +23,7 @@ from oned_backup.operations.datastores import (
     unreadable_secrets,
     update_datastore,
 )
-from oned_backup.operations.inventory import add_host, configure_vm, import_vms
+from oned_backup.operations.inventory import add_host, configure_vm, forget_vm, import_vms
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.skeleton import new_driver
 from oned_backup.store import BackupState, OperationState, SecretBox
@@ -110,6 +111,34 @@ def test_an_image_of_a_store_that_has_gone_is_forgotten_with_force(world: World)
     assert "left in datastore 100" in done.result["notes"][0]
     assert world.services.store.backups() == []
     assert world.services.datastore(100).image_ids == ()
+
+
+def test_a_vm_that_is_forgotten_stays_for_its_images_and_goes_with_the_last(world: World) -> None:
+    world.run("backup", vm_id=0)
+    kept = forget_vm(world.services, 0)
+    assert kept.name == "web"
+    vm = world.services.vm(0)
+    assert vm.state == VmState.DONE
+    assert vm.backup_ids == (0,)
+    assert 0 not in world.services.host(0).vm_ids
+    with pytest.raises(Conflict, match="but for its images"):
+        forget_vm(world.services, 0)
+    assert world.run("delete", image_id=0).state is OperationState.DONE
+    with pytest.raises(NotFound):
+        world.services.vm(0)
+
+
+def test_a_vm_without_backups_is_forgotten_at_once_but_not_in_a_backup(world: World) -> None:
+    def forget(_request: Request) -> None:
+        with pytest.raises(Conflict, match=r"backup .* is RUNNING"):
+            forget_vm(world.services, 0)
+        raise Unavailable("gone")
+
+    world.drivers.script["backup"] = [forget] * 50
+    assert world.run("backup", vm_id=0).state is OperationState.FAILED
+    forget_vm(world.services, 0)
+    with pytest.raises(NotFound):
+        world.services.vm(0)
 
 
 def test_a_store_that_has_gone_is_measured_again(world: World) -> None:
