@@ -112,6 +112,13 @@ operations = sa.Table(
     sa.Index("operations_by_state", "state", "sequence"),
     sa.Index("operations_by_vm", "vm_id", "sequence"),
     sa.Index(
+        "operations_by_datastore",
+        "datastore_id",
+        "kind",
+        "sequence",
+        sqlite_where=sa.text("datastore_id IS NOT NULL"),
+    ),
+    sa.Index(
         "operations_one_running_per_lock",
         "lock",
         unique=True,

@@ -159,7 +159,7 @@ def test_a_newer_version_s_database_is_not_touched(path):
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         connection.execute("DROP TABLE steps")
 
-    with pytest.raises(Misconfigured, match="schema 9999 was made by a newer version, this one knows 0003"):
+    with pytest.raises(Misconfigured, match="schema 9999 was made by a newer version, this one knows 0004"):
         Store.open(path)
     with closing(sqlite3.connect(path)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}

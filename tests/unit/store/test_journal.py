@@ -7,9 +7,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from sqlalchemy import event
 
 from oned_backup.errors import Conflict, InvalidInput, NotFound
-from oned_backup.store import OperationState, StepState, Store
+from oned_backup.store import Journal, OperationState, StepState, Store
+from oned_backup.store.store import _Joined
 
 FINAL = [OperationState.DONE, OperationState.FAILED, OperationState.CANCELLED]
 
@@ -338,3 +340,21 @@ def test_a_clock_that_was_ahead_holds_no_operation_back(store: Store) -> None:
     claimed = store.journal.claim()
     assert claimed is not None
     assert claimed.id == operation.id
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        ({"vm_id": 7, "kind": "backup"}, "operations_by_vm"),
+        ({"datastore_id": 100, "kind": "prune"}, "operations_by_datastore"),
+        ({"state": OperationState.FAILED, "kind": "backup"}, "operations_by_state"),
+    ],
+)
+def test_lists_find_their_operations_by_an_index(store: Store, wanted: dict, index: str) -> None:
+    statements = []
+    with store._database.read() as connection:
+        event.listen(connection, "before_cursor_execute", lambda *told: statements.append(told[2:4]))
+        Journal(_Joined(connection, store._database.now)).list(**wanted)
+        (asked,) = statements
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {asked[0]}", asked[1]).all()
+    assert [index in row.detail for row in plan] == [True], plan
