@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from oned_backup.daemon.progress import Progress
+from oned_backup.daemon.progress import RunningStep
 from oned_backup.daemon.requests import waits_for
 from oned_backup.daemon.service import Service
 from oned_backup.daemon.telling import name_of
@@ -22,7 +22,7 @@ from oned_backup.model.rows import row as list_row
 from oned_backup.model.selection import select_disks
 from oned_backup.model.views import to_json
 from oned_backup.model.vm import Vm
-from oned_backup.operations.failed import failure_of
+from oned_backup.operations.aftermath import aftermath_of
 from oned_backup.store import Backup, NewestGood, Operation, OperationState, Points, Step, Store
 
 JSON = dict[str, Any]
@@ -265,7 +265,7 @@ def _vm_name(store: Store, operation: Operation) -> str:
 
 
 def _failure_view(operation: Operation, steps: Sequence[Step]) -> JSON | None:
-    failure = failure_of(operation, steps)
+    failure = aftermath_of(operation, steps)
     return None if failure is None else asdict(failure)
 
 
@@ -289,7 +289,7 @@ def operation_view(
     return view
 
 
-def _progress_view(progress: Progress | None) -> JSON | None:
+def _progress_view(progress: RunningStep | None) -> JSON | None:
     if progress is None:
         return None
     return {

@@ -11,7 +11,7 @@ _MOST_LINES = 200
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunningStep:
     """A step and its bytes; `total` is 0 where nobody knows. `version` counts every change.
 
     `message`: the last warning since bytes moved, such as why they do not.
@@ -31,7 +31,7 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._board: dict[str, Progress] = {}
+        self._board: dict[str, RunningStep] = {}
         self._lines: dict[str, deque[str]] = {}
         self._version = 0
 
@@ -42,7 +42,7 @@ class ProgressBoard:
             same = old is not None and old.step == step
             since = old.since if old is not None and same and old.total else time.time()
             message = old.message if old is not None and same and done <= old.done else ""
-            self._enter(operation_id, Progress(step, done, total, since, (), message, 0))
+            self._enter(operation_id, RunningStep(step, done, total, since, (), message, 0))
 
     def log(self, operation_id: str, line: str, *, warning: bool = False) -> None:
         """Add a line of the operation's log; only the last ones are kept."""
@@ -61,7 +61,7 @@ class ProgressBoard:
             self._version += 1
             self._changed.notify_all()
 
-    def get(self, operation_id: str) -> Progress | None:
+    def get(self, operation_id: str) -> RunningStep | None:
         """How far the operation is; None if it does not run."""
         with self._changed:
             return self._board.get(operation_id)
@@ -72,7 +72,7 @@ class ProgressBoard:
             self._changed.wait_for(lambda: self._version != seen, timeout_s)
             return self._version
 
-    def _enter(self, operation_id: str, progress: Progress) -> None:
+    def _enter(self, operation_id: str, progress: RunningStep) -> None:
         self._version += 1
         lines = tuple(self._lines.get(operation_id, ()))
         self._board[operation_id] = replace(progress, lines=lines, version=self._version)

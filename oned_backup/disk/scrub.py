@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Failure:
+class BadRange:
     """A range of a file that is not what was written."""
 
     file: str
@@ -30,7 +30,7 @@ class Failure:
 
 def verify_blocks(
     path: Path, blocks_path: Path, percent: float = 100, *, progress: Progress | None = None
-) -> list[Failure]:
+) -> list[BadRange]:
     """The ranges of the file that do not match its `.blocks`, of all or of a random `percent`.
 
     A wrong size or an unreadable `.blocks` file is a failure too.
@@ -39,7 +39,7 @@ def verify_blocks(
     try:
         stored = StoredFile(path, blocks_path)
     except DataCorrupt as error:
-        return [Failure(str(blocks_path), 0, 0, str(error))]
+        return [BadRange(str(blocks_path), 0, 0, str(error))]
     try:
         failures = _wrong_size(path, blocks_path, stored.size_bytes)
         groups = _sample(-(-stored.size_bytes // BATCH_BYTES), percent)
@@ -53,12 +53,12 @@ def verify_blocks(
     finally:
         stored.close()
     return failures + [
-        Failure(str(path), offset, length, f"{path}: {length} bytes at {offset} do not match their checksum")
+        BadRange(str(path), offset, length, f"{path}: {length} bytes at {offset} do not match their checksum")
         for offset, length in bad
     ]
 
 
-def _wrong_size(path: Path, blocks_path: Path, size: int) -> list[Failure]:
+def _wrong_size(path: Path, blocks_path: Path, size: int) -> list[BadRange]:
     blocks = BlockFile(blocks_path)
     try:
         expected = blocks.data_offset + blocks.count * CLUSTER
@@ -68,7 +68,7 @@ def _wrong_size(path: Path, blocks_path: Path, size: int) -> list[Failure]:
         return []
     start, end = sorted((size, expected))
     text = f"{path}: {size} bytes, but its checksums are those of {expected}"
-    return [Failure(str(path), start, end - start, text)]
+    return [BadRange(str(path), start, end - start, text)]
 
 
 def _sample(count: int, percent: float) -> list[int]:

@@ -62,7 +62,7 @@ from oned_backup.operations.context import Context
 from oned_backup.operations.damage import enter_absence
 from oned_backup.operations.delete import owes, removed_later
 from oned_backup.operations.domains import look_up_domain
-from oned_backup.operations.engine import Failure, OperationKind, retry_wait
+from oned_backup.operations.engine import FailedAttempt, OperationKind, retry_wait
 from oned_backup.operations.exclusion import retention_lock, vm_lock
 from oned_backup.operations.moving import refreshed
 from oned_backup.operations.services import Services
@@ -386,14 +386,14 @@ def _clean_after_success(context: Context) -> None:
     _clean(context, Outcome.SUCCESS)
 
 
-def _again(context: Context, failure: Failure) -> float | None:
+def _again(context: Context, failed: FailedAttempt) -> float | None:
     """Plan again at once if the guest changed its state; else as for every operation."""
-    if failure.step == "PREPARE" and isinstance(failure.error, Busy):
+    if failed.step == "PREPARE" and isinstance(failed.error, Busy):
         return 0.05 if context.attempt <= _MOST_REPLANS else None
     final = (Cancelled, NoSpace, DataCorrupt, Misconfigured, PermissionDenied, Conflict)
-    if failure.step == "STORE" and not isinstance(failure.error, final) and _guest_stopped(context):
+    if failed.step == "STORE" and not isinstance(failed.error, final) and _guest_stopped(context):
         return 0.05
-    return retry_wait(context, failure)
+    return retry_wait(context, failed)
 
 
 def _guest_stopped(context: Context) -> bool:

@@ -25,7 +25,7 @@ from oned_backup.model.names import checked_name
 from oned_backup.operations import stored, targets
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import found_while_reading
-from oned_backup.operations.engine import Failure, OperationKind, result_of, retry_wait
+from oned_backup.operations.engine import FailedAttempt, OperationKind, result_of, retry_wait
 from oned_backup.operations.steps import Step, Undo
 
 _READER_WAIT_S = 30.0
@@ -241,9 +241,9 @@ def _clean(context: Context) -> None:
         targets.clean(context)
 
 
-def _again(context: Context, failure: Failure) -> float | None:
+def _again(context: Context, failed: FailedAttempt) -> float | None:
     """What has gone down a pipe cannot be sent again."""
-    return None if context.facts.get("kind") == "fifo" else retry_wait(context, failure)
+    return None if context.facts.get("kind") == "fifo" else retry_wait(context, failed)
 
 
 DOWNLOAD = OperationKind(

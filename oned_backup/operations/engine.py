@@ -39,7 +39,7 @@ _KNOWN_ERRORS: Mapping[int | None, type[OnedBackupError]] = {
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedAttempt:
     """Why an attempt failed: in which step, and when the first attempt began (seconds since 1970)."""
 
     step: str
@@ -47,12 +47,12 @@ class Failure:
     began: float
 
 
-def retry_wait(context: Context, failure: Failure) -> float | None:
+def retry_wait(context: Context, failed: FailedAttempt) -> float | None:
     """How long to wait before the next attempt; None: give up. Doubles from attempt to attempt."""
     retry = context.services.settings.retry
     wait = min(retry.first_wait_s * 2 ** (context.attempt - 1), retry.longest_wait_s)
-    late = time.time() + wait > failure.began + retry.for_s
-    return None if late or not failure.error.retryable else wait
+    late = time.time() + wait > failed.began + retry.for_s
+    return None if late or not failed.error.retryable else wait
 
 
 def no_result(_context: Context) -> Mapping[str, Any]:
@@ -79,7 +79,7 @@ class OperationKind:
 
     name: str
     steps: tuple[Step, ...]
-    again: Callable[[Context, Failure], float | None] = retry_wait
+    again: Callable[[Context, FailedAttempt], float | None] = retry_wait
     result: Callable[[Context], Mapping[str, Any]] = no_result
     ended: Callable[[Context, OperationState, OnedBackupError | None], None] = nothing_after
     #: after a restart of the daemon it is queued again, since half of it is worse than all of it
@@ -334,6 +334,6 @@ def _next_wait(
     if context.cancellation.cancelled:
         return None
     try:
-        return kind.again(context, Failure(walk.failed_step, error, began))
+        return kind.again(context, FailedAttempt(walk.failed_step, error, began))
     except OnedBackupError:
         return None

@@ -30,7 +30,7 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.operations.context import Context
 from oned_backup.operations.damage import note_closed_chain, record_verified
-from oned_backup.operations.engine import Failure, OperationKind
+from oned_backup.operations.engine import FailedAttempt, OperationKind
 from oned_backup.operations.exclusion import scrub_lock
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
@@ -290,7 +290,7 @@ def _result(context: Context) -> Mapping[str, Any]:
     return result
 
 
-def _not_again(_context: Context, _failure: Failure) -> None:
+def _not_again(_context: Context, _failed: FailedAttempt) -> None:
     """What could not be read has its turn later."""
 
 

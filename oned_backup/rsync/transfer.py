@@ -196,7 +196,7 @@ class Transfer:
 
     def _no_space(self, needed: int, space: Space) -> NoSpace:
         where = Path(self._server.settings.remote())
-        return failures.no_space(failures.Space(where, needed), space.free)
+        return failures.no_space(failures.SpaceNeeded(where, needed), space.free)
 
     def _is_too_late(self) -> bool:
         later = time.monotonic() + self._pause_s

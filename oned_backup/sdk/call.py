@@ -41,8 +41,8 @@ class Call:
     def __init__(self, action: str, *, stdin: int = 0, stdout: int, environ: Mapping[str, str]) -> None:
         self.action = action
         self.stdout = stdout
-        self.progress = log.Progress()
-        self.space: failures.Space | None = None
+        self.progress = log.ProgressLines()
+        self.space: failures.SpaceNeeded | None = None
         self._stdin = stdin
         self._environ = environ
 
@@ -185,7 +185,7 @@ class Call:
 
         `least_bytes`: what is asked for where that is an upper bound, so that nothing is refused that fits.
         """
-        self.space = failures.Space(path, needed_bytes)
+        self.space = failures.SpaceNeeded(path, needed_bytes)
         free = self.space.free_bytes()
         if free < (needed_bytes if least_bytes is None else least_bytes):
             raise failures.no_space(self.space, free)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from oned_backup.contract.url import DiskUrl, parse_url
 from oned_backup.errors import InvalidInput, Salvaged
 from oned_backup.sdk.call import Answer, Call
-from oned_backup.sdk.failures import Space
+from oned_backup.sdk.failures import SpaceNeeded
 
 if TYPE_CHECKING:
     from oned_backup.disk.chain import Layer
@@ -46,7 +46,7 @@ def write_disk(call: Call, url: DiskUrl, layers: Sequence[Layer]) -> Answer:
     target = parse_target(text) if text else call.stdout
     if isinstance(target, Path):
         stored = sum(layer.path.stat().st_size for layer in layers if layer.path)
-        call.space = Space(target.parent, stored)
+        call.space = SpaceNeeded(target.parent, stored)
     restored = restore_chain(
         layers,
         target,

@@ -57,7 +57,7 @@ _HTTP_LATER = {408, 425, 429}
 
 
 @dataclass(frozen=True)
-class Space:
+class SpaceNeeded:
     """Where an action writes and how much: what a NoSpace error tells besides the fact."""
 
     path: Path
@@ -69,7 +69,7 @@ class Space:
         return found.f_bavail * found.f_frsize
 
 
-def explain(error: BaseException, space: Space | None = None) -> OnedBackupError:
+def explain(error: BaseException, space: SpaceNeeded | None = None) -> OnedBackupError:
     """The error to report for `error`; `DriverBug` for what no driver should let through."""
     if isinstance(error, NoSpace) and error.hint is None:  # the data engine knows no numbers
         return _explain_full(error.message, space, quota=False)
@@ -86,7 +86,7 @@ def explain(error: BaseException, space: Space | None = None) -> OnedBackupError
     return DriverBug(f"{type(error).__name__}: {error}")
 
 
-def no_space(space: Space, free_bytes: int, *, quota: bool = False) -> NoSpace:
+def no_space(space: SpaceNeeded, free_bytes: int, *, quota: bool = False) -> NoSpace:
     """The error for a full store or target, with its numbers in MB."""
     needed, free = -(-space.needed_bytes >> 20), free_bytes >> 20
     if quota:
@@ -101,7 +101,7 @@ def no_space(space: Space, free_bytes: int, *, quota: bool = False) -> NoSpace:
     )
 
 
-def _explain_os_error(error: OSError, space: Space | None) -> OnedBackupError:
+def _explain_os_error(error: OSError, space: SpaceNeeded | None) -> OnedBackupError:
     where = f"{error.filename}: " if error.filename else ""
     text = f"{where}{os.strerror(error.errno or 0)}"
     if isinstance(error, BrokenPipeError):
@@ -114,7 +114,7 @@ def _explain_os_error(error: OSError, space: Space | None) -> OnedBackupError:
     return DriverBug(f"{type(error).__name__}: {text}")
 
 
-def _explain_network_error(error: BaseException, space: Space | None) -> OnedBackupError | None:
+def _explain_network_error(error: BaseException, space: SpaceNeeded | None) -> OnedBackupError | None:
     """What Python's modules for TLS, names and HTTP raise; the numbers of most are not the system's."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     if "urllib.error.HTTPError" in kinds:
@@ -139,7 +139,7 @@ def _explain_http_status(status: int, text: str) -> OnedBackupError:
     return Unavailable(text) if status in _HTTP_LATER or status >= 500 else DriverFailed(text)
 
 
-def _explain_full(text: str, space: Space | None, *, quota: bool) -> NoSpace:
+def _explain_full(text: str, space: SpaceNeeded | None, *, quota: bool) -> NoSpace:
     if space is None:
         return NoSpace(text)
     try:

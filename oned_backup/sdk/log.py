@@ -74,7 +74,7 @@ class Secret:
         return hash(self._value)
 
 
-class Progress:
+class ProgressLines:
     """Prints `PROGRESS done total` (bytes), at most once in `interval_s` seconds."""
 
     def __init__(self, interval_s: float = 1.0) -> None:

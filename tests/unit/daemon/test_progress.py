@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from oned_backup.daemon.progress import Progress, ProgressBoard
+from oned_backup.daemon.progress import ProgressBoard, RunningStep
 
 
-def current(board: ProgressBoard) -> Progress:
+def current(board: ProgressBoard) -> RunningStep:
     found = board.get("op")
     assert found is not None
     return found

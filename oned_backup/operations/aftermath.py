@@ -40,7 +40,7 @@ _NEXT_OTHERWISE = "The daemon's log tells more; start it again when the cause is
 
 
 @dataclass(frozen=True)
-class Failure:
+class Aftermath:
     """`undone`: what was taken back; `left`: undos that failed themselves; `step`: empty before the first."""
 
     step: str
@@ -49,7 +49,7 @@ class Failure:
     next: str
 
 
-def failure_of(operation: Operation, steps: Sequence[Step]) -> Failure | None:
+def aftermath_of(operation: Operation, steps: Sequence[Step]) -> Aftermath | None:
     """What there is to tell of a FAILED or CANCELLED operation; None for any other."""
     if operation.state not in {OperationState.FAILED, OperationState.CANCELLED}:
         return None
@@ -57,7 +57,7 @@ def failure_of(operation: Operation, steps: Sequence[Step]) -> Failure | None:
     last = [step for step in steps if int(step.data.get("attempt", 1)) == newest]
     forward = [step for step in last if "undoes" not in step.data]
     undone = [step.name for step in reversed(forward) if step.state is StepState.UNDONE]
-    return Failure(
+    return Aftermath(
         step=forward[-1].name if forward else "",
         undone=tuple(
             f"{name}: {text}" if (text := _UNDONE.get((operation.kind, name))) else name for name in undone

@@ -6,7 +6,7 @@ import pytest
 
 from oned_backup import errors
 from oned_backup.errors import DriverFailed, NoSpace, OnedBackupError, Unavailable
-from oned_backup.operations.failed import _NEXT, failure_of
+from oned_backup.operations.aftermath import _NEXT, aftermath_of
 from oned_backup.runner.run import Cancellation
 from oned_backup.store import OperationState
 
@@ -16,7 +16,7 @@ from .conftest import World
 def test_a_store_that_fails_leaves_nothing_and_says_so(world: World) -> None:
     world.drivers.script["backup"] = [NoSpace("store /b: 12 GB needed, 3 GB free")]
     failed = world.run("backup", vm_id=0)
-    found = failure_of(failed, world.services.store.journal.steps(failed.id))
+    found = aftermath_of(failed, world.services.store.journal.steps(failed.id))
     assert found is not None
     assert found.step == "STORE"
     assert found.undone == (
@@ -31,7 +31,7 @@ def test_what_could_not_be_undone_is_left_and_named(world: World) -> None:
     world.drivers.script["backup"] = [DriverFailed("boom")]
     world.drivers.script["backup_cancel"] = [DriverFailed("the vault is shut")] * 3
     failed = world.run("backup", vm_id=0)
-    found = failure_of(failed, world.services.store.journal.steps(failed.id))
+    found = aftermath_of(failed, world.services.store.journal.steps(failed.id))
     assert found is not None
     assert found.left == ("DISCARD: the vault is shut",)
     assert [text.partition(":")[0] for text in found.undone] == ["PREPARE"]
@@ -43,7 +43,7 @@ def test_only_the_last_attempt_counts(world: World) -> None:
     failed = world.run("backup", vm_id=0)
     if failed.state is OperationState.QUEUED:
         pytest.fail("the wait was not short")
-    found = failure_of(failed, world.services.store.journal.steps(failed.id))
+    found = aftermath_of(failed, world.services.store.journal.steps(failed.id))
     assert found is not None
     assert found.step == "PREPARE"
     assert len(found.undone) == 1
@@ -51,10 +51,10 @@ def test_only_the_last_attempt_counts(world: World) -> None:
 
 def test_a_hint_of_the_error_comes_first_and_success_has_nothing_to_tell(world: World) -> None:
     done = world.run("backup", vm_id=0)
-    assert failure_of(done, world.services.store.journal.steps(done.id)) is None
+    assert aftermath_of(done, world.services.store.journal.steps(done.id)) is None
     world.drivers.script["dump_xml"] = [DriverFailed("odd", hint="Turn it round.")]
     failed = world.run("backup", vm_id=0)
-    found = failure_of(failed, world.services.store.journal.steps(failed.id))
+    found = aftermath_of(failed, world.services.store.journal.steps(failed.id))
     assert found is not None
     assert (found.step, found.undone, found.next) == ("PLAN", (), "Turn it round.")
 
@@ -64,7 +64,7 @@ def test_a_cancelled_one_tells_what_was_undone(world: World) -> None:
     world.drivers.script["backup"] = [lambda _request: cancellation.cancel()]
     world.drivers.script["post_backup_live"] = [None]
     ended = world.run("backup", cancellation=cancellation, vm_id=0)
-    found = failure_of(ended, world.services.store.journal.steps(ended.id))
+    found = aftermath_of(ended, world.services.store.journal.steps(ended.id))
     assert ended.state is OperationState.CANCELLED
     assert found is not None
     assert len(found.undone) == 2
