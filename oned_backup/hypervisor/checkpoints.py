@@ -51,18 +51,23 @@ def remove(domain: Domain, name: str) -> None:
     if domain.is_active:
         for target in _targets(checkpoint):
             # one disk at a time: a disk whose bitmap is gone must not keep the others'
-            if _redefine(domain, name, [target]):
-                with libvirt_errors(f"checkpoint {name} of domain {domain.name}"):
-                    domain.handle.checkpointLookupByName(name).delete(0)
+            remove_bitmap(domain, name, target)
     forget(domain, name)
 
 
 def remove_bitmap(domain: Domain, name: str, target: str) -> bool:
-    """Remove a bitmap that libvirt does not list, from one disk of an active domain; False if it fails."""
-    if not _redefine(domain, name, [target]):
+    """Remove a bitmap, listed or not, from one disk of an active domain; False if that cannot be done.
+
+    QEMU lets a bitmap that it holds for inconsistent be removed, and nothing else: so no validation.
+    """
+    if not _redefine(domain, name, [target], validate=False):
         return False
-    with libvirt_errors(f"bitmap {name} of {target} of domain {domain.name}"):
-        domain.handle.checkpointLookupByName(name).delete(0)
+    try:
+        with libvirt_errors(f"bitmap {name} of {target} of domain {domain.name}"):
+            domain.handle.checkpointLookupByName(name).delete(0)
+    except DriverFailed:  # the disk has no such bitmap
+        forget(domain, name)
+        return False
     return True
 
 
@@ -90,13 +95,13 @@ def checkpoint_xml(name: str, targets: Iterable[str], others: Iterable[str] = ()
     return xmldoc.serialize(root)
 
 
-def _redefine(domain: Domain, name: str, targets: list[str]) -> bool:
-    """Whether QEMU confirms that all `targets` have the bitmap; then libvirt lists it for these."""
+def _redefine(domain: Domain, name: str, targets: list[str], *, validate: bool = True) -> bool:
+    """Whether libvirt lists the checkpoint for `targets` now; to `validate`, QEMU confirms their bitmaps."""
     root = xmldoc.parse(checkpoint_xml(name, targets), what="checkpoint")
     root.insert(1, xmldoc.build("creationTime", int(time.time())))
-    flags = (
-        libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-    )
+    flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+    if validate:
+        flags |= libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
     try:
         with libvirt_errors(f"checkpoint {name} of domain {domain.name}"):
             domain.handle.checkpointCreateXML(xmldoc.serialize(root), flags)

@@ -12,7 +12,10 @@ from oned_backup.operations.prune import PRUNE
 from oned_backup.operations.restore import RESTORE
 from oned_backup.operations.retention import RETENTION
 from oned_backup.operations.scrub import SCRUB
+from oned_backup.operations.untrack import UNTRACK
 from oned_backup.operations.verify import VERIFY
 
-_ALL = (BACKUP, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE, SCRUB)
+_ALL = (
+    BACKUP, UNTRACK, RESTORE, VERIFY, DOWNLOAD, IMPORT, RETENTION, FLATTEN, CUT, DELETE, REMOVE, PRUNE, SCRUB,
+)  # fmt: skip
 KINDS: dict[str, OperationKind] = {kind.name: kind for kind in _ALL}

@@ -131,10 +131,7 @@ def _remove_checkpoints(task: Task, domain: Domain) -> None:
 
 
 def _remove_strays(task: Task, domain: Domain, present: Iterable[DomainDisk]) -> None:
-    """Remove bitmaps of ours from a running domain's images that libvirt does not list.
-
-    One that QEMU holds for inconsistent stays until the domain is off: libvirt cannot remove it.
-    """
+    """Remove bitmaps of ours from a running domain's images that libvirt does not list."""
     for disk in present:
         if not _is_tracked(disk):
             continue
