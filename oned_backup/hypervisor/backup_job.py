@@ -34,6 +34,15 @@ _OTHERS = {
 }
 
 
+#: what libvirt does with a disk, and does not combine with a backup
+_BLOCK_JOBS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "being pulled from its backing image",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "being copied",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "being committed",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "being committed",
+}
+
+
 @dataclass(frozen=True)
 class JobDisk:
     """A disk in the job; with a `checkpoint`, what changed since then is offered as a bitmap."""
@@ -151,6 +160,19 @@ def require_no_other(domain: Domain) -> None:
     doing = _OTHERS.get(stats.get("operation", libvirt.VIR_DOMAIN_JOB_OPERATION_UNKNOWN))
     if doing and stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE:
         raise Busy(f"domain {domain.name} {doing}")
+
+
+def require_no_block_jobs(domain: Domain, targets: Iterable[str]) -> None:
+    """Raise `Busy` if the image of one of these disks is just being copied, committed or pulled."""
+    for target in targets:
+        with libvirt_errors(f"block job of {target} of domain {domain.name}"):
+            info: dict[str, int] = domain.handle.blockJobInfo(target)
+        if info:
+            doing = _BLOCK_JOBS.get(info["type"], "in use by a block job")
+            raise Busy(
+                f"{target} of domain {domain.name} is {doing}",
+                hint="Let that job end, or end it with `virsh blockjob`.",
+            )
 
 
 def _is_starting(domain: Domain) -> bool:

@@ -44,6 +44,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     present = domains.disks(xml)
     selection = disk_set.select(task, present)
     _refuse_shared(domain, (found for _, found in selection.included))
+    backup_job.require_no_block_jobs(domain, (found.target for _, found in selection.included))
     disks = [
         disk_set.current(task, disk, found, found.backing, domain.capacity_bytes(found.target))
         for disk, found in selection.included

@@ -199,6 +199,24 @@ def test_somebody_else_reads_since_our_checkpoint(
     vm.assert_survived()
 
 
+@pytest.mark.fault("guest", "disk being committed or copied by somebody else")
+def test_a_disk_is_being_committed(vm: BackedUpVm, tmp_path: Path, record_property: Observed) -> None:
+    vm.guest.start()
+    overlay = f"<disk name='vda' snapshot='external'><source file='{tmp_path}/overlay'/></disk>"
+    vm.guest.domain.snapshotCreateXML(
+        f"<domainsnapshot><disks>{overlay}<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    write(vm, "write -P 9 1M 64k")
+    vm.guest.domain.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    with pytest.raises(Busy, match=r"vda of domain .* is being committed") as refused:
+        vm.backup(fs_freeze="SUSPEND")
+    vm.guest.domain.blockJobAbort("vda", 0)
+    said = str(refused.value).replace(vm.guest.name, "…").splitlines()[0]
+    record_property("observed", f"busy: {said}; then {reasons(vm)}")
+    vm.assert_survived()
+
+
 @pytest.mark.fault("change tracking", "bitmap of the new checkpoint's name is there already")
 @pytest.mark.parametrize("running", [False, True])
 def test_a_bitmap_of_the_next_name(vm: BackedUpVm, record_property: Observed, running: bool) -> None:
