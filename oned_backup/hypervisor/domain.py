@@ -126,6 +126,14 @@ def disks(xml: xmldoc.Element) -> tuple[DomainDisk, ...]:
     return tuple(_disk(element) for element in xml.iterfind("devices/disk"))
 
 
+def has_iothreads(xml: xmldoc.Element) -> bool:
+    """Whether a thread of its own serves one of the domain's disks, or a controller that has disks."""
+    return any(
+        driver.get("iothread") is not None or driver.find("iothreads") is not None
+        for driver in xml.iterfind("devices/*/driver")
+    )
+
+
 def qemu_uid(xml: xmldoc.Element) -> int:
     """The user that QEMU runs as, from an active domain's XML; ours where libvirt does not say."""
     for label in xml.iterfind("seclabel"):

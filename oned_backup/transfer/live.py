@@ -14,7 +14,7 @@ from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
 from oned_backup.errors import Busy, Conflict, DriverFailed
-from oned_backup.hypervisor import backup_job, checkpoints, freeze, guardian, qemu_img
+from oned_backup.hypervisor import backup_job, checkpoints, emulator, freeze, guardian, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
@@ -45,6 +45,8 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     selection = disk_set.select(task, present)
     _refuse_shared(domain, (found for _, found in selection.included))
     backup_job.require_no_block_jobs(domain, (found.target for _, found in selection.included))
+    if domains.has_iothreads(xml):
+        emulator.require_outlives_readers(task.host, domain)
     disks = [
         disk_set.current(task, disk, found, found.backing, domain.capacity_bytes(found.target))
         for disk, found in selection.included
