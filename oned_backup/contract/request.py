@@ -6,6 +6,7 @@
       <HOST> … </HOST> <VM> … </VM> <DATASTORE> … </DATASTORE> <IMAGE> … </IMAGE>
       <EXPORTS> … </EXPORTS>                     what pre_backup returned
       <PARENT> <EXPORTS> … </EXPORTS> </PARENT>  those of the backup that this one continues
+      <CATALOGUE> … </CATALOGUE>                 manifests that the daemon has, if the store has lost one
       <TEMPLATE> … </TEMPLATE>                   the caller's options, flat
     </DS_DRIVER_ACTION_DATA>
 
@@ -26,6 +27,7 @@ from oned_backup.errors import InvalidInput
 from oned_backup.model.names import checked_name
 
 if TYPE_CHECKING:
+    from oned_backup.contract.documents import Catalogue
     from oned_backup.contract.exports import Exports
 
 
@@ -65,6 +67,7 @@ class Request:
     image: xmldoc.Element | None = None
     exports: Exports | None = None
     parent: Exports | None = None
+    catalogue: Catalogue | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
     def to_xml(self) -> xmldoc.Element:
@@ -95,6 +98,8 @@ class Request:
             root.append(self.exports.to_xml())
         if self.parent is not None:
             root.append(xmldoc.build("PARENT", self.parent.to_xml()))
+        if self.catalogue is not None:
+            root.append(self.catalogue.to_xml())
         root.append(xmldoc.build("TEMPLATE", dict(self.options)))
         return root
 
@@ -117,6 +122,7 @@ class Request:
             image=root.find("IMAGE"),
             exports=_exports(root.find("EXPORTS")),
             parent=_exports(root.find("PARENT/EXPORTS")),
+            catalogue=_catalogue(root.find("CATALOGUE")),
             options={} if template is None else {str(o.tag): o.text or "" for o in template},
         )
 
@@ -135,6 +141,14 @@ def _exports(element: xmldoc.Element | None) -> Exports | None:
     from oned_backup.contract.exports import Exports  # noqa: PLC0415 - half of all actions have none
 
     return Exports.from_xml(element)
+
+
+def _catalogue(element: xmldoc.Element | None) -> Catalogue | None:
+    if element is None:
+        return None
+    from oned_backup.contract.documents import Catalogue  # noqa: PLC0415 - only what reads stored backups has one
+
+    return Catalogue.from_xml(element)
 
 
 def _backup_from_xml(element: xmldoc.Element | None) -> Backup | None:

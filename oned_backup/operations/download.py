@@ -171,13 +171,16 @@ def _download(context: Context) -> Mapping[str, Any]:
         if "partial" in facts:
             Path(facts["partial"]).unlink(missing_ok=True)
     datastore = context.services.datastore(facts["datastore_id"])
+    url = parse_url(facts["url"])
+    catalogue = stored.catalogue_of(context.services, (backup_id for _, backup_id in url.chain))
     salvaged = ""
     try:
         with place:
-            context.caller.datastore("download", datastore, options=options, stdout_fd=descriptor)
+            context.caller.datastore(
+                "download", datastore, options=options, catalogue=catalogue, stdout_fd=descriptor
+            )
     except (DataCorrupt, Salvaged) as damage:
-        backup_id = parse_url(facts["url"]).backup_id
-        found_while_reading(context, backup_id, f"a disk could not be proved by a download: {damage}")
+        found_while_reading(context, url.backup_id, f"a disk could not be proved by a download: {damage}")
         if not isinstance(damage, Salvaged):
             raise
         salvaged = str(damage)

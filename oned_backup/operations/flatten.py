@@ -181,6 +181,7 @@ def _merge(context: Context) -> Mapping[str, Any]:
             _ACTION,
             services.datastore(plan.datastore_id),
             options={"MERGE_IDS": ",".join(plan.merge_ids), **NEW_ID},
+            catalogue=stored.catalogue_of(services, plan.merge_ids),
             **_sections(context, plan),
         )
     except (DataCorrupt, NotFound) as damage:

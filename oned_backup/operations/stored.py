@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from oned_backup import xmldoc
-from oned_backup.contract.documents import Listing, RestorePlan
+from oned_backup.contract.documents import Catalogue, Listing, RestorePlan
 from oned_backup.contract.result import document
 from oned_backup.errors import Conflict, DriverBug, InvalidInput, NotFound
 from oned_backup.model.datastore import Datastore
@@ -59,6 +59,15 @@ def stored_vm_id(services: Services, image: Image) -> int:
     return parse_manifest(rows[0].manifest).vm_id if rows and rows[0].manifest else image.vm_id
 
 
+def catalogue_of(services: Services, backup_ids: Iterable[str]) -> Catalogue:
+    """What the catalogue knows of these backups, for a store that has lost a manifest."""
+    found = []
+    for backup_id in backup_ids:
+        with suppress(NotFound):
+            found.append(services.store.backup(backup_id).manifest)
+    return Catalogue(tuple(found))
+
+
 def call_image(
     services: Services,
     caller: Caller,
@@ -70,7 +79,11 @@ def call_image(
 ) -> dict[str, str]:
     """The answer of the driver of the datastore that keeps `image`; `datastore`: with other parameters."""
     place = datastore or services.datastore(image.datastore_id)
-    return caller.datastore(action, place, options=options, **sections_for(services, image))
+    rows = services.store.backups(image_id=image.id)
+    catalogue = Catalogue(tuple(row.manifest for row in rows))
+    return caller.datastore(
+        action, place, options=options, catalogue=catalogue, **sections_for(services, image)
+    )
 
 
 def list_disks(

@@ -72,21 +72,21 @@ class FolderStore(Driver):
         """The disks of a restore point."""
         with self.open_vm(call, call.vm_id) as folder:
             backup_id = restore_points.wanted_backup(call)
-            disks = restore_points.stored_disks(call, self.scheme, Manifests(folder), backup_id)
+            disks = restore_points.stored_disks(call, self.scheme, manifests_in(call, folder), backup_id)
         return {"LISTING": Listing(disks).to_xml()}
 
     def stat(self, call: Call) -> Answer:
         """What the disks of a restore point take once restored."""
         with self.open_vm(call, call.vm_id) as folder:
             backup_id = restore_points.wanted_backup(call)
-            disks = restore_points.stored_disks(call, self.scheme, Manifests(folder), backup_id)
+            disks = restore_points.stored_disks(call, self.scheme, manifests_in(call, folder), backup_id)
         return {"SIZE_MB": sum(-(-disk.size_bytes >> 20) for disk in disks)}
 
     def restore(self, call: Call) -> Answer:
         """Disks and documents of a restore point; the documents are checked here."""
         with self.open_vm(call, call.vm_id) as folder:
             backup_id = restore_points.wanted_backup(call)
-            load = Manifests(folder)
+            load = manifests_in(call, folder)
             disks = restore_points.stored_disks(call, self.scheme, load, backup_id)
             manifest = load(backup_id)
             with folder.folder(backup_id) as stored:
@@ -100,7 +100,7 @@ class FolderStore(Driver):
         """The disk that URL names, to TARGET or to standard output."""
         url = wanted_disk(call, self.scheme)
         with self.open_vm(call, url.vm_id) as folder, ExitStack() as stack:
-            chain = restore_points.url_chain(Manifests(folder), url)
+            chain = restore_points.url_chain(manifests_in(call, folder), url)
             _say_what_is_unproved(call, chain)
             layers = [
                 open_layer(stack, folder, manifest, url.disk_id, salvage=salvages(call)) for manifest in chain
@@ -224,6 +224,12 @@ def finished_names(folder: StoreFolder) -> list[str]:
     return [name for name in folder.names() if not name.startswith(".")]
 
 
+def manifests_in(call: Call, folder: StoreFolder) -> Manifests:
+    """The manifests of a VM's backups, with what the daemon's catalogue has for those that are lost."""
+    catalogue = call.request.catalogue
+    return Manifests(folder, () if catalogue is None else catalogue.manifests, call.warn)
+
+
 def list_manifests(
     folder: StoreFolder, where: str, manifests: list[str], unreadable: list[tuple[str, str]]
 ) -> None:
@@ -295,7 +301,7 @@ def merged_files(call: Call, folder: StoreFolder) -> MergedFiles:
         with folder.folder(manifest.id) as stored:
             return read_checked(stored, file)
 
-    return MergedFiles(call, Manifests(folder), layer, small)
+    return MergedFiles(call, manifests_in(call, folder), layer, small)
 
 
 def _documents(call: Call, stored: StoreFolder, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
@@ -318,7 +324,7 @@ def _say_what_is_unproved(call: Call, manifests: Iterable[Manifest]) -> None:
 
 
 def _verify(call: Call, folder: StoreFolder, backup_id: str, percent: int | None) -> VerifiedBackup:
-    load = Manifests(folder)
+    load = manifests_in(call, folder)
     try:
         manifest = load(backup_id)
     except (DataCorrupt, NotFound) as error:
@@ -333,9 +339,12 @@ def _verify(call: Call, folder: StoreFolder, backup_id: str, percent: int | None
 
     with folder.folder(backup_id) as stored:
         found = verify_backup(stored, manifest, percent=percent, advance=advance)
+    lost = load.lost.get(backup_id)
     parents = sorted({disk.parent_id for disk in manifest.disks if disk.parent_id})
-    lost = [(MANIFEST, f"continues {name}, which is absent") for name in _lost(parents, folder, load)]
-    return VerifiedBackup(backup_id, found.read_bytes, (*found.failures, *lost))
+    gaps = [(MANIFEST, f"continues {name}, which is absent") for name in _lost(parents, folder, load)]
+    return VerifiedBackup(
+        backup_id, found.read_bytes, (*([(MANIFEST, lost)] if lost else ()), *found.failures, *gaps)
+    )
 
 
 def _lost(parents: Iterable[str], folder: StoreFolder, load: Manifests) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -36,10 +36,23 @@ Advance: TypeAlias = Callable[[int], None]
 
 
 class Manifests:
-    """The manifests of the backups in a folder, by id; each is read and proved once."""
+    """The manifests of the backups in a folder, by id; each is read and proved once.
 
-    def __init__(self, folder: StoreFolder) -> None:
+    `catalogue`: texts of manifests. They stand in for those that are lost or damaged, of backups that are
+    there; `say` is told of each.
+    """
+
+    def __init__(
+        self,
+        folder: StoreFolder,
+        catalogue: Iterable[str] = (),
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._folder = folder
+        self._catalogue = catalogue
+        self._say = say
+        #: what is wrong with those for which the catalogue stood in, by id
+        self.lost: dict[str, str] = {}
         self._read: dict[str, Manifest] = {}
 
     def __call__(self, backup_id: str) -> Manifest:
@@ -51,12 +64,26 @@ class Manifests:
             with self._folder.folder(backup_id) as stored, damage():
                 if opennebula.may_be_foreign(backup_id) and not stored.has(MANIFEST):
                     return self._made_up(backup_id)
-                data = stored.read_file(MANIFEST, MAX_SMALL_FILE_BYTES)
-                manifest = parse_manifest(data, what=str(stored.path / MANIFEST))
-                if manifest.id != backup_id:
-                    raise DataCorrupt(f"{stored.path} holds backup {manifest.id}")
+                try:
+                    manifest = read_manifest(stored, backup_id)
+                except (DataCorrupt, NotFound, OSError) as error:
+                    known = self._known(backup_id)
+                    if known is None or (isinstance(error, OSError) and error.errno != errno.EIO):
+                        raise
+                    self.lost[backup_id] = f"{error}; the daemon's catalogue has what was in it"
+                    self._say(f"backup {backup_id}: {self.lost[backup_id]}")
+                    manifest = known
             self._read[backup_id] = manifest
         return self._read[backup_id]
+
+    def _known(self, backup_id: str) -> Manifest | None:
+        """What the catalogue has of a backup."""
+        for text in self._catalogue:
+            with suppress(DataCorrupt):
+                manifest = parse_manifest(text)
+                if manifest.id == backup_id:
+                    return manifest
+        return None
 
     def standing_for(self, backup_id: str) -> Manifest | None:
         """The finished backup that stands for one that was merged; None if none that can be read does."""
@@ -75,6 +102,15 @@ class Manifests:
         if isinstance(manifest, DataCorrupt):
             raise manifest
         return manifest
+
+
+def read_manifest(stored: StoreFolder, backup_id: str) -> Manifest:
+    """The manifest that lies in the folder of that backup."""
+    data = stored.read_file(MANIFEST, MAX_SMALL_FILE_BYTES)
+    manifest = parse_manifest(data, what=str(stored.path / MANIFEST))
+    if manifest.id != backup_id:
+        raise DataCorrupt(f"{stored.path}/{MANIFEST} is that of backup {manifest.id}")
+    return manifest
 
 
 @contextmanager

@@ -113,6 +113,8 @@ class Store:
     #: backup ids by chain: what BACKUP_INCREMENTS says
     chain: list[str] = field(default_factory=list)
     images_known: bool = True
+    #: texts of manifests that the daemon hands to actions on an image
+    catalogue_texts: tuple[str, ...] = ()
     logged: list[str] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
 
@@ -181,6 +183,7 @@ class Store:
             if image is not None or exports is not None or not ids
             else xmldoc.build("IMAGE", known_image),
             exports=exports,
+            catalogue=Catalogue(self.catalogue_texts) if self.catalogue_texts else None,
             options=options or {},
         )
         return run_action(

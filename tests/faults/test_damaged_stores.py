@@ -162,12 +162,21 @@ def test_damage_that_a_restore_meets_marks_all_that_need_the_file(
 
 @pytest.mark.parametrize("damage", some("flipped", "missing"))
 def test_a_manifest_that_is_damaged(site: Simulation, damage: str) -> None:
+    """It is told, but nothing is lost as long as the catalogue has what was in it."""
     folder = stored(site, 1)
     DAMAGE[damage](folder / MANIFEST)
+    assert [site.restore(0, number) for number in range(3)] == [site.truth[0, number] for number in range(3)]
+    site.client.get("images/0/disks", increment_id=2)
     assert verified(site) == {folder.name: [MANIFEST]}
     assert states(site) == ["GOOD", "BROKEN", "BROKEN"]
-    assert folder.name in refused(site, 1)
-    assert folder.name in refused(site, 2)
+    assert "the daemon's catalogue has what was in it" in site.points()[1]["failure"]
+    target = site.directory / f"streamed-{next(_names)}"
+    url = site.client.get("images/0/disks", increment_id=2)[0]["url"]
+    site.done(site.submit("downloads", {"url": url, "target": str(target), "format": "raw"}))
+    assert target.read_bytes() == site.truth[0, 2][0]
+    flip(folder / "disk.0.1")
+    assert verified(site) == {folder.name: [MANIFEST, "disk.0.1"]}
+    assert f"{folder.name}/disk.0.1" in refused(site, 2)
     assert site.restore(0, 0) == site.truth[0, 0]
 
 

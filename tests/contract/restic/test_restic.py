@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ import pytest
 from lab import wait_for
 from opennebula_store import OpenNebulaStore
 from sshd import Sshd
-from stores import Chain, Disk, Store, export, exports_of, meanwhile, run
+from stores import Chain, Disk, Store, copy_chain, export, exports_of, meanwhile, run
 
 from oned_backup.contract.request import Backup
 from oned_backup.errors import (
     Conflict,
+    DataCorrupt,
     DriverFailed,
     Misconfigured,
     NoSpace,
@@ -82,6 +84,40 @@ def test_a_new_datastore_over_repositories_is_refused_without_their_password(mad
     assert int(new.call("monitor")["TOTAL_MB"]) > 0
     with pytest.raises(PermissionDenied, match="RESTIC_PASSWORD does not open"):
         replace(new, secrets={"RESTIC_PASSWORD": "wrong"}).call("monitor")
+
+
+@pytest.mark.fault("data", "flipped bit in the manifest")
+def test_a_damaged_manifest_is_replaced_by_what_the_daemon_knows(
+    made_chain: Chain, restic: Callable[..., str], tmp_path: Path
+) -> None:
+    """Its blob alone is damaged; restic then gives an EIO to whoever reads the file."""
+    chain = copy_chain(made_chain, tmp_path)
+    store, known = chain.store, tuple(chain.store.catalogue().manifests)
+    text = restic(store, "dump", "--tag", f"backup={store.chain[1]}", "latest", "/7/backup/manifest.json")
+    damage_blob(store, restic, hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(DataCorrupt):
+        store.url(2)
+    store = replace(store, catalogue_texts=known)
+    assert [store.download(store.url(number)) for number in range(3)] == chain.expected
+    assert [list(found) for found in store.failures().values()] == [[], ["manifest.json"], []]
+
+
+def damage_blob(store: Store, restic: Callable[..., str], blob_id: str) -> None:
+    """Change a byte in the middle of one blob of a repository."""
+    repository = store.base / str(store.vm_id)
+    for index in restic(store, "list", "index").split():
+        for pack in json.loads(restic(store, "cat", "index", index))["packs"]:
+            for blob in pack["blobs"]:
+                if blob["id"] == blob_id:
+                    path = repository / "data" / pack["id"][:2] / pack["id"]
+                    path.chmod(0o600)
+                    with path.open("r+b") as file:
+                        file.seek(blob["offset"] + blob["length"] // 2)
+                        byte = file.read(1)
+                        file.seek(-1, os.SEEK_CUR)
+                        file.write(bytes([byte[0] ^ 1]))
+                    return
+    pytest.fail(f"there is no blob {blob_id}")
 
 
 @pytest.mark.fault("store", "unreachable at the start")

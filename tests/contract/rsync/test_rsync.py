@@ -15,7 +15,7 @@ from sshd import Sshd
 from stores import Chain, Disk, Store, export, exports_of, run
 
 from oned_backup.contract.request import Backup
-from oned_backup.errors import Misconfigured, NotFound, Unavailable
+from oned_backup.errors import DataCorrupt, Misconfigured, NotFound, Unavailable
 
 COPIES = "/var/tmp/restore"  # noqa: S108 - as the guide says
 GUIDE = (Path(__file__).parents[3] / "share/doc/restore-by-hand.md").read_text()
@@ -104,3 +104,13 @@ def test_nothing_is_stored_on_top_of_what_is_not_there(chain: Chain) -> None:
             store.backup("e", exports, parent=third)
     assert store.names() == {first, second, "d"}
     assert store.failures(BACKUP_IDS="d")["d"] == {"manifest.json": f"continues {third}, which is absent"}
+
+
+def test_a_lost_manifest_is_replaced_by_what_the_daemon_knows(chain: Chain) -> None:
+    store, known = chain.store, tuple(chain.store.catalogue().manifests)
+    (store.path(store.chain[1]) / "manifest.json").unlink()
+    with pytest.raises(DataCorrupt, match="manifest"):
+        store.url(2)
+    store = replace(store, catalogue_texts=known)
+    assert [store.download(store.url(number)) for number in range(3)] == chain.expected
+    assert [list(found) for found in store.failures().values()] == [[], ["manifest.json"], []]
