@@ -33,7 +33,6 @@ _OTHERS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "is given a snapshot",
 }
 
-
 #: what libvirt does with a disk, and does not combine with a backup
 _BLOCK_JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "being pulled from its backing image",
@@ -92,8 +91,8 @@ def job_xml(socket: Path, disks: Sequence[JobDisk], others: Iterable[str]) -> st
     return xmldoc.serialize(root)
 
 
-def begin(domain: Domain, job: str, checkpoint: str = "") -> None:
-    """Start the job, with its checkpoint at the same instant.
+def begin(domain: Domain, job: str, checkpoint: str = "", *, scratch_is_there: bool = False) -> None:
+    """Start the job, with its checkpoint at the same instant. Scratch files are made unless they are there.
 
     `CheckpointUnusable` if a disk's bitmap cannot be used after all, `Busy` if
     something else holds the domain, `PermissionDenied` if QEMU must not make its socket or scratch files.
@@ -101,7 +100,8 @@ def begin(domain: Domain, job: str, checkpoint: str = "") -> None:
     try:
         with libvirt_errors(f"backup of domain {domain.name}"):
             failpoints.reach("job.begun")
-            domain.handle.backupBegin(job, checkpoint or None, 0)
+            flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if scratch_is_there else 0
+            domain.handle.backupBegin(job, checkpoint or None, flags)
     except PermissionDenied as error:
         hint = (
             "Let QEMU's user write there. AppArmor may be in its way (see `oned-backup doctor`), or SELinux."

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from oned_backup.errors import DriverFailed, Misconfigured, Unavailable
+from oned_backup.errors import DriverFailed, Misconfigured, PermissionDenied, Unavailable
 from oned_backup.ssh.libvirt_uri import parse_uri
 
 _STOP_GRACE_S = 10.0
@@ -85,6 +85,10 @@ class Host(Protocol):
 
     def lend_dir(self, path: Path, uid: int) -> None:
         """A new directory (0700) of another user."""
+        ...
+
+    def give(self, path: Path, uid: int) -> None:
+        """A file of another user."""
         ...
 
     def remove(self, path: Path) -> None:
@@ -231,6 +235,13 @@ class LocalHost:
         path.mkdir(mode=0o700)
         if uid != os.geteuid():
             os.chown(path, uid, -1)
+
+    def give(self, path: Path, uid: int) -> None:
+        """Have a file belong to `uid`; `PermissionDenied` where that is not ours to do."""
+        try:
+            os.chown(path, uid, -1, follow_symlinks=False)
+        except PermissionError as error:
+            raise PermissionDenied(f"owner of {path}: {error.strerror}") from error
 
     def remove(self, path: Path) -> None:
         """Remove a file or a whole directory; nothing happens if it is absent."""

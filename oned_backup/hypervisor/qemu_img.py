@@ -54,6 +54,11 @@ def backing_chain(host: Host, path: str, image_format: str) -> tuple[Image, ...]
     return tuple(_image(entry) for entry in json.loads(done.stdout))
 
 
+def create(host: Host, path: str, size_bytes: int) -> None:
+    """Make an empty qcow2 image."""
+    host.run([*_LIMITS, "qemu-img", "create", "-q", "-f", "qcow2", "--", path, str(size_bytes)])
+
+
 def add_bitmap(host: Host, path: str, name: str, *, records: bool = True) -> None:
     """Add a persistent bitmap to a qcow2 image that nobody has open; `Busy` if somebody has."""
     switch = "--enable" if records else "--disable"

@@ -154,6 +154,10 @@ class SshHost:
         if uid >= 0:
             self.run(["chown", "-h", str(uid), "--", str(path)])
 
+    def give(self, path: Path, uid: int) -> None:
+        """Have a file belong to `uid`."""
+        self.run(["chown", "-h", str(uid), "--", str(path)])
+
     def remove(self, path: Path) -> None:
         """Remove a file or a whole directory; nothing happens if it is absent."""
         self.run(["rm", "-rf", "--one-file-system", "--", str(path)])

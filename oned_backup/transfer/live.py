@@ -7,13 +7,14 @@ this process be killed, `clean` undoes it by the names that were fixed beforehan
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from oned_backup.contract.exports import BackupType, Exports, Freeze
-from oned_backup.errors import Busy, Conflict, DriverFailed
+from oned_backup.errors import Busy, Conflict, DriverFailed, PermissionDenied
 from oned_backup.hypervisor import backup_job, checkpoints, emulator, freeze, guardian, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
@@ -64,7 +65,9 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     guard.require_scratch(task.host, folders)
     socket = task.operation_dir / "qemu" / "nbd.sock"
     task.host.make_private_dir(task.operation_dir)
-    task.host.lend_dir(socket.parent, domains.qemu_uid(xml))
+    qemu_uid = domains.qemu_uid(xml)
+    task.host.lend_dir(socket.parent, qemu_uid)
+    scratch_is_there = _make_scratch(task, disks, scratch, qemu_uid)
     tracked = [disk.target for disk in disks if task.checkpoint and not disk.untracked]
     others = [disk.target for disk in present if disk.target not in decisions]
 
@@ -78,7 +81,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         directory=task.operation_dir,
         guarded=partial(guardian.on_guard, task.uri, domain.uuid),
     ) as window:
-        job = _begin(task, domain, _Job(socket, disks, scratch, others, tracked), decisions)
+        job = _begin(task, domain, _Job(socket, disks, scratch, scratch_is_there, others, tracked), decisions)
 
     local_socket = task.host.forward(socket)
     guard.start(task, domain, folders)
@@ -148,8 +151,28 @@ class _Job:
     socket: Path
     disks: Sequence[Current]
     scratch: Mapping[str, Path]
+    scratch_is_there: bool
     others: Sequence[str]
     tracked: Sequence[str]
+
+
+def _make_scratch(task: Task, disks: Iterable[Current], scratch: Mapping[str, Path], uid: int) -> bool:
+    """Whether the scratch files are there and belong to QEMU's user; else libvirt makes them.
+
+    It leaves them to root where its dynamic_ownership is off, as on OpenNebula's hosts. Where root
+    may not give files away (a client of NFS) it makes them as QEMU's user.
+    """
+    if uid in {0, os.geteuid()}:
+        return False
+    try:
+        for disk in disks:
+            qemu_img.create(task.host, str(scratch[disk.target]), disk.size_bytes)
+            task.host.give(scratch[disk.target], uid)
+    except (DriverFailed, PermissionDenied):
+        for path in scratch.values():
+            task.host.remove(path)
+        return False
+    return True
 
 
 def _begin(task: Task, domain: Domain, job: _Job, decisions: dict[str, Decision]) -> list[JobDisk]:
@@ -169,7 +192,8 @@ def _begin(task: Task, domain: Domain, job: _Job, decisions: dict[str, Decision]
             for disk in job.disks
         ]
         try:
-            backup_job.begin(domain, backup_job.job_xml(job.socket, disks, job.others), checkpoint)
+            document = backup_job.job_xml(job.socket, disks, job.others)
+            backup_job.begin(domain, document, checkpoint, scratch_is_there=job.scratch_is_there)
         except CheckpointUnusable as error:
             _make_full(error.message, decisions)
         except DriverFailed as error:

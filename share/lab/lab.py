@@ -74,9 +74,16 @@ class Libvirtd:
     """
 
     def __init__(
-        self, *, qemu_user: str = "root", swtpm_user: str = "root", machine: Machine | None = None
+        self,
+        *,
+        qemu_user: str = "root",
+        dynamic_ownership: bool = True,
+        swtpm_user: str = "root",
+        machine: Machine | None = None,
     ) -> None:
         self._qemu_user = qemu_user
+        #: whether libvirt gives the files of a guest to that user
+        self._dynamic_ownership = dynamic_ownership and qemu_user != "root"
         #: a TPM that has no state yet is made by root only; takes effect with `restart`
         self.swtpm_user = swtpm_user
         self._machine = machine
@@ -166,7 +173,12 @@ class Libvirtd:
 
     def _script(self, verb: str) -> None:
         argv = [str(HERE / "private-libvirtd.sh"), verb, str(self.directory)]
-        environment = {**os.environ, "LAB_QEMU_USER": self._qemu_user, "LAB_SWTPM_USER": self.swtpm_user}
+        environment = {
+            **os.environ,
+            "LAB_QEMU_USER": self._qemu_user,
+            "LAB_DYNAMIC_OWNERSHIP": str(int(self._dynamic_ownership)),
+            "LAB_SWTPM_USER": self.swtpm_user,
+        }
         if self._machine is not None:
             argv, environment["LAB_MOUNTS_PRIVATE"] = self._machine.argv(argv), "1"
         _command(argv, timeout_s=60, environment=environment)

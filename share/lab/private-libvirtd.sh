@@ -8,7 +8,8 @@
 #
 # libvirtd's paths are compiled in, so it runs in a mount namespace where DIRECTORY lies over
 # /etc/libvirt, /var/lib/libvirt and so on. /dev/kvm is hidden, so that guests run the same
-# everywhere; LAB_KVM=1 shows it. QEMU runs as LAB_QEMU_USER (default: root). With
+# everywhere; LAB_KVM=1 shows it. QEMU runs as LAB_QEMU_USER (default: root),
+# to whom its files are given with LAB_DYNAMIC_OWNERSHIP=1. With
 # LAB_MOUNTS_PRIVATE=1 this is run in a mount namespace that can have these mounts itself.
 #
 # `start` on a running one does nothing; `stop` also ends the guests, even if libvirtd was
@@ -58,7 +59,7 @@ CONF
 user = "$user"
 group = "$(id -gn "$user")"
 security_driver = "none"
-dynamic_ownership = $([ "$user" = root ] && echo 0 || echo 1)
+dynamic_ownership = ${LAB_DYNAMIC_OWNERSHIP:-0}
 remember_owner = 0
 namespaces = []
 cgroup_controllers = []

@@ -17,7 +17,7 @@ from lab import wait_for
 from sshd import Sshd
 
 from oned_backup.errors import DriverFailed, Misconfigured, PermissionDenied, Unavailable
-from oned_backup.hypervisor import offline
+from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.host import Host, host_for
 
 EVIL = "-$(id) `id` 'x' \"y\" ; & | > * ? ~ \\ ! # % é\n-n"
@@ -97,6 +97,16 @@ def test_directories(host: Host, tmp_path: Path) -> None:
         os.umask(before)
     for made in (tmp_path / "scratch", tmp_path / "scratch" / "deep"):
         assert made.stat().st_mode & 0o777 == 0o711
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_an_image_for_another_user(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / EVIL
+    qemu_img.create(host, str(path), 1 << 20)
+    host.give(path, 12345)
+    assert path.stat().st_uid == 12345
+    (image,) = qemu_img.backing_chain(host, str(path), "qcow2")
+    assert image.size_bytes == 1 << 20
 
 
 def test_trees(host: Host, tmp_path: Path) -> None:
