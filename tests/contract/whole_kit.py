@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from netlab import Netlab
@@ -138,7 +138,7 @@ def _elsewhere(host: str, user: str, password: str = "") -> Iterator[Case]:
         yield ["--store", str(file)], daemon.argv
 
 
-PLACES: dict[str, Callable[[Path], contextmanager[Case]]] = {  # type: ignore[valid-type]
+PLACES: dict[str, Callable[[Path], AbstractContextManager[Case]]] = {
     "fs": fs,
     "fs-compressed": fs_compressed,
     "rsync": rsync,

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def vm(
 
 
 @pytest.fixture
-def begun(vm: BackedUpVm) -> Iterator[Callable[..., Callable[[], None]]]:
+def begun(vm: BackedUpVm) -> Callable[..., Callable[[], None]]:
     """Begin a backup that nobody ends; what this gives does."""
     files = vm.directory / "lost"
     files.mkdir()

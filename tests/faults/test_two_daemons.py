@@ -27,9 +27,9 @@ def test_the_second_one_refuses(directory: Path, *, same_sockets: bool) -> None:
     first.start()
     try:
         if not same_sockets:
-            text = second._config.read_text().replace(str(first.run_dir), f"{directory}/run2")
-            second._config = directory / "other.toml"
-            second._config.write_text(text)
+            text = second.config.read_text().replace(str(first.run_dir), f"{directory}/run2")
+            second.config = directory / "other.toml"
+            second.config.write_text(text)
         refused = second.call("serve", timeout_s=60)
         assert refused.returncode == Conflict.exit_code
         told = refused.stderr.decode()

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,9 @@ class Script:
 
     path: Path
 
-    def start(self, env: Mapping[str, str] | None = None, **settings: object) -> subprocess.Popen[bytes]:
+    def start(self, env: Mapping[str, str] | None = None, **settings: Any) -> subprocess.Popen[bytes]:
         environ = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "ODB_SPEC": "1", **(env or {})}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen([self.path], env=environ, **{**pipes, **settings})
 
     def run(self, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_secrets_are_read_from_files_and_never_shown(call, tmp_path, capfd):
 
 def test_progress_is_told_once_a_second(capfd, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     progress = log.ProgressLines()
     for done in range(10):
         progress(done, 100)

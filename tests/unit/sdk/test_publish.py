@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
-from oned_backup.sdk import publish
 from oned_backup.sdk.publish import Folder
 
 
@@ -42,7 +42,7 @@ def test_a_file_system_without_hard_links(folder, monkeypatch):
     def no_links(*_args, **_settings):
         raise OSError(errno.EPERM, "not here")
 
-    monkeypatch.setattr(publish.os, "link", no_links)
+    monkeypatch.setattr(os, "link", no_links)
     folder.publish_file("manifest", b"one")
     with pytest.raises(Conflict):
         folder.publish_file("manifest", b"two")
@@ -107,7 +107,7 @@ def test_a_failed_fsync_is_final(folder, monkeypatch):
         calls.append(descriptor)
         raise OSError(errno.EIO, "lost")
 
-    monkeypatch.setattr(publish.os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="lost"):
         folder.publish_file("manifest", b"one")
     assert len(calls) == 1

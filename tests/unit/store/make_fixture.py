@@ -34,8 +34,8 @@ def fill(store: Store) -> None:
             ),
         )
     store.delete("image", 1)
-    for number, state in enumerate(BackupState):
-        store.add_backup(Backup(f"b{number}", 0, number, 0, 100, '{"n": 1}', 5.0, 6.0, state, "why"))
+    for number, proved in enumerate(BackupState):
+        store.add_backup(Backup(f"b{number}", 0, number, 0, 100, '{"n": 1}', 5.0, 6.0, proved, "why"))
     for state in OperationState:
         operation = store.journal.enqueue(state.lower(), f"vm:{state}", {"a": [1]}, vm_id=0)
         if state is OperationState.QUEUED:
