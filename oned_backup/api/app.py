@@ -43,7 +43,11 @@ from oned_backup.daemon.service import Service
 from oned_backup.errors import (
     Busy,
     Conflict,
+    DriverBug,
+    DriverFailed,
     InvalidInput,
+    Misconfigured,
+    NoSpace,
     NotFound,
     OnedBackupError,
     PermissionDenied,
@@ -69,9 +73,13 @@ _STATUS: tuple[tuple[type[OnedBackupError], int], ...] = (
     (PermissionDenied, 403),
     (NotFound, 404),
     (Conflict, 409),
+    (Misconfigured, 422),
     (Unsupported, 501),
+    (DriverFailed, 502),
+    (DriverBug, 502),
     (Busy, 503),
     (Unavailable, 503),
+    (NoSpace, 507),
 )
 
 

@@ -158,8 +158,10 @@ def parse_manifest(data: bytes | str, *, what: str = FILE_NAME) -> Manifest:
         raise DataCorrupt(f"{what}: not a manifest: {type(error).__name__} {error}") from error
 
 
-def _check_shape(backup: Mapping[str, Any]) -> None:
+def _check_shape(backup: object) -> None:
     """`TypeError` for what is shown as it is and is not of the form that it should have."""
+    if not isinstance(backup, dict):
+        raise TypeError("backup")
     excluded = backup.get("excluded", [])
     if not isinstance(backup.get("freeze", {}), dict) or not isinstance(excluded, list):
         raise TypeError("freeze or excluded")
