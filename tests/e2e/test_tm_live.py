@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import libvirt
@@ -492,6 +492,19 @@ def test_full_scratch_that_nobody_has_seen(
     vm.assert_restores("vdb")
 
 
+def watchmans_connections(vm: BackedUpVm) -> set[str]:
+    """The unix sockets by which the watchman of the VM's only backup is connected, by inode."""
+    pid = "".join(file.read_text() for file in vm.socket_dir.rglob("guard.pid")).strip()
+    if not pid:
+        return set()
+    links = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.add(str(link.readlink()))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()]
+    return {row[6] for row in rows if row[5] == "03" and f"socket:[{row[6]}]" in links}
+
+
 @pytest.mark.fault("host", "libvirtd restarted in mid-transfer")
 def test_watchman_outlives_a_restart_of_libvirtd(short_dir: Path) -> None:
     directory = short_dir / "guest"
@@ -503,12 +516,10 @@ def test_watchman_outlives_a_restart_of_libvirtd(short_dir: Path) -> None:
         backup = vm.next_backup()
         place = {"files": directory / "lost", "operation_id": "op-00000000dead"}
         vm.tm("pre_backup_live", backup, **place)
-        wait_for("the watchman", lambda: processes(vm.socket_dir))
-        time.sleep(1)  # it is connected by now
+        before = wait_for("the watchman's connection", lambda: watchmans_connections(vm))
         server.kill()
-        time.sleep(0.5)
         server.resume()
-        time.sleep(1)
+        wait_for("the watchman's next connection", lambda: watchmans_connections(vm) - before)
         guest.domain = server.connection.lookupByName(guest.name)
         assert guest.has_backup_job()
         assert len(processes(vm.socket_dir)) == 1
