@@ -31,6 +31,7 @@ _NEXT: Mapping[str, str] = {
     "PermissionDenied": "Correct the key, password or ownership, then start it again.",
     "Misconfigured": "Correct the setting, then start it again.",
     "InvalidInput": "Correct what was given, then start it again.",
+    "NothingToBackUp": "See `oned-backup vm show`; correct DISK_IDS with `vm set`, or leave this VM out.",
     "Conflict": "Wait for the other operation, or cancel it, then start it again.",
     "Unsupported": "Choose another store or host driver: this one cannot do it.",
     "Cancelled": "Start it again if it is still wanted.",
