@@ -1,4 +1,4 @@
-"""What the documents tell people to type is there: each command, and each option of it."""
+"""What the documents tell people to type, and where their links lead, is there."""
 
 from __future__ import annotations
 
@@ -49,6 +49,36 @@ def test_commands_and_options_exist(page: Path) -> None:
     wrong = {text: word for text in mentioned if (word := unknown(text))}
     assert not wrong
     assert len(mentioned) > 10 or page.name != "README.md"
+
+
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+DECISION = re.compile(r"\bADR (\d+(?:, \d+)*)")
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page ends in, as forges make it."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = HEADING.findall(prose)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_decisions_that_are_named_exist() -> None:
+    known = {int(path.name[:4]) for path in (ROOT / "share/doc/adr").glob("*.md")}
+    for page in PAGES:
+        named = {int(number) for found in DECISION.findall(page.read_text()) for number in found.split(", ")}
+        assert named <= known, page
 
 
 def test_what_does_not_exist_is_found() -> None:
