@@ -13,7 +13,7 @@ again. One that has changed convicts the bitmap. None that has changed proves no
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import nbd
 from blake3 import blake3
@@ -22,8 +22,10 @@ from oned_backup.disk.nbdsource import NbdSource
 from oned_backup.disk.spans import CLUSTER
 from oned_backup.errors import InvalidInput
 
-#: the clusters are those with the first data after each of so many places, and the last one
+#: the clusters are the last one, those with the first data after each of so many places …
 _PLACES = 32
+#: … and the last ones with data in so many ranges that begin at the disk's end and double in length
+_LAST = 16
 #: `block_status` has a 32-bit length
 _LONGEST_LOOK = 1 << 31
 _DIGEST_BYTES = 8
@@ -60,7 +62,7 @@ def _offsets(source: NbdSource) -> Sequence[int]:
         return ()
     places = {number * clusters // _PLACES * CLUSTER for number in range(_PLACES)}
     found = {_first_data(source, place) for place in places} | {(clusters - 1) * CLUSTER}
-    return sorted(found)
+    return sorted(found.union(_last_data(source, clusters * CLUSTER)))
 
 
 def _first_data(source: NbdSource, place: int) -> int:
@@ -70,6 +72,25 @@ def _first_data(source: NbdSource, place: int) -> int:
         if not flags & _STATE_ZERO:
             return max(place, offset // CLUSTER * CLUSTER)
     return place
+
+
+def _last_data(source: NbdSource, end: int) -> Iterator[int]:
+    """Clusters with data, from the last one of the disk on towards its beginning, ever farther apart.
+
+    Whatever a disk loses that is cut off and grown again, it loses the first of these.
+    """
+    length, found = CLUSTER, 0
+    while end and found < _LAST:
+        start = max(0, end - length)
+        data = [
+            min(offset + size, end) - 1
+            for offset, size, flags in _extents(source, nbd.CONTEXT_BASE_ALLOCATION, start, end - start)
+            if not flags & _STATE_ZERO
+        ]
+        if data:
+            found += 1
+            yield data[-1] // CLUSTER * CLUSTER
+        end, length = start, min(2 * length, _LONGEST_LOOK)
 
 
 def _flags(source: NbdSource, context: str, offset: int, length: int) -> set[int]:

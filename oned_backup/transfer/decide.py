@@ -70,7 +70,8 @@ def _of_another_disk(before: DiskExport | None, disk: Current) -> Decision | Non
     if before is None:
         return _full(Reason.NEW_DISK, f"{disk.target} is not in the parent backup")
     if not is_same_disk(before, disk):
-        return _full(Reason.DISK_REPLACED, f"{disk.target} was {before.source}, is {disk.source}")
+        was, now = (" on ".join((image.source, *image.backing)) for image in (before, disk))
+        return _full(Reason.DISK_REPLACED, f"{disk.target} was {was}, is {now}")
     if disk.size_bytes < before.size_bytes:
         return _full(
             Reason.DISK_SHRUNK, f"{disk.target} had {before.size_bytes} bytes, has {disk.size_bytes}"
@@ -98,13 +99,22 @@ def is_same_disk(before: DiskExport, now: Current) -> bool:
     The device number in the ids is not compared: for network file systems and
     device mapper it is another one after a reboot. If the domain has moved to another host,
     its bitmap has the last word: it has the parent's name, and only that image or a copy of
-    it has one of that name, with the data that belongs to it.
+    it has one of that name, with the data that belongs to it. A file that has come in below the
+    parent's disk has content that no bitmap has seen; that some have gone, QEMU sees to.
     """
     if _machine(before.source_id) != _machine(now.source_id):
         return True
     if before.source == now.source:
-        return _inode(before.source_id) == _inode(now.source_id)
-    return before.source in now.backing or now.source in before.backing
+        below = now.backing
+        is_known = _inode(before.source_id) == _inode(now.source_id)
+    elif before.source in now.backing:
+        below = now.backing[now.backing.index(before.source) + 1 :]
+        is_known = True
+    else:
+        below = now.backing
+        is_known = now.source in before.backing
+    # what is no file is named in one way by libvirt and in another by QEMU's tools
+    return is_known and {path for path in below if path.startswith("/")} <= set(before.backing)
 
 
 def refused(text: str) -> Decision:

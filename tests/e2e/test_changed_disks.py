@@ -107,6 +107,27 @@ def test_it_shrinks_and_grows_again_while_off(vm: BackedUpVm, record_property: O
     vm.assert_survived()
 
 
+@pytest.mark.fault("guest", "disk shrunk and grown again while off")
+@pytest.mark.fault("guest", "disk shrunk and grown again while it runs")
+def test_it_loses_a_little_at_its_end(vm: BackedUpVm, record_property: Observed) -> None:
+    disk = str(vm.guest.disks[0].path)
+    command("qemu-img", "resize", "-q", disk, "256M")
+    write(vm, "write -P 9 248M 64k", "write -P 9 253M 64k")  # none of the evenly spaced places
+    assert reasons(vm) == "increment, increment"
+    command("qemu-img", "resize", "-q", "--shrink", disk, "252M")
+    command("qemu-img", "resize", "-q", disk, "256M")
+    said = reasons(vm)
+    assert said == "changed-unseen, increment"
+    record_property("observed", ["disk shrunk and grown again while off", f"{said}, also of one cluster"])
+    vm.guest.start()
+    for size in (240, 256):
+        vm.guest.domain.blockResize("vda", size * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    said = reasons(vm)
+    assert said == "changed-unseen, increment"
+    record_property("observed", ["disk shrunk and grown again while it runs", said])
+    vm.assert_survived()
+
+
 @pytest.mark.fault("guest", "contents of two disks swapped in place")
 def test_contents_are_swapped(vm: BackedUpVm, tmp_path: Path, record_property: Observed) -> None:
     one, two = (disk.path for disk in vm.guest.disks)
@@ -355,3 +376,35 @@ def test_libvirtd_dies_and_then_the_host(short_dir: Path, record_property: Obser
         record_property("observed", ["host rebooted", reasons(vm)])
         vm.assert_survived()
         vm.guest.destroy()
+
+
+@pytest.mark.fault("guest", "put on another backing image while off")
+@pytest.mark.parametrize("running", [pytest.param(False, marks=pytest.mark.whole_matrix), True])
+def test_it_is_put_on_another_backing_image(
+    make_guest: Callable[..., Guest],
+    back_up: Callable[[Guest], BackedUpVm],
+    tmp_path: Path,
+    record_property: Observed,
+    running: bool,
+) -> None:
+    bases = [tmp_path / "base", tmp_path / "other"]
+    for base, filled in zip(
+        bases, ("64k", "128k"), strict=True
+    ):  # alike but for one cluster, which no sample has
+        command("qemu-img", "create", "-q", "-f", "qcow2", str(base), "16M")
+        command("qemu-io", "-f", "qcow2", "-c", f"write -P 9 512k {filled}", str(base))
+    disk = LabDisk(tmp_path / "one.qcow2")
+    command("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(bases[0]), "-F", "qcow2", str(disk.path))
+    vm = back_up(make_guest([disk], start=False, boot="disk", agent=False))
+    if running:
+        vm.guest.start()
+    assert reasons(vm) == "first-backup"
+    if running:
+        vm.guest.end()
+    command("qemu-img", "rebase", "-u", "-b", str(bases[1]), "-F", "qcow2", str(disk.path))
+    if running:
+        vm.guest.start()
+    said = reasons(vm)
+    assert said == "disk-replaced"
+    record_property("observed", f"{said}: {vm.points[-1].disk('vda').text.replace(str(tmp_path), '…')}")
+    vm.assert_survived()

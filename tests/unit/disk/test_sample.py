@@ -45,6 +45,18 @@ def test_it_is_of_places_with_data_and_of_the_last_cluster(qemu, disk) -> None:
     assert {0, 40 * MIB, 64 * MIB} <= set(offsets)
 
 
+def test_what_is_cut_off_and_grown_again_was_in_it(qemu) -> None:
+    disk = qemu.folder / "disk"
+    qemu.img("create", "-q", "-f", "qcow2", disk, "1G")
+    qemu.io(disk, "write -P 1 900M 1M", "write -P 2 1005M 64k")
+    qemu.img("bitmap", "--add", "-f", "qcow2", disk, "since")
+    before = sampled(qemu, disk)
+    qemu.img("resize", "-q", "-f", "qcow2", "--shrink", disk, "1001M")
+    qemu.img("resize", "-q", "-f", "qcow2", disk, "1G")
+    with served(qemu, disk, bitmap="since") as source:
+        assert sample.contradiction(source, before) == 1005 * MIB
+
+
 def test_writes_that_the_bitmap_has_seen_contradict_nothing(qemu, disk) -> None:
     before = sampled(qemu, disk)
     qemu.io(disk, "write -P 9 40M 64k", "discard 64M 512")

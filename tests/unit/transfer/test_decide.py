@@ -67,7 +67,12 @@ def test_parent_that_made_no_checkpoint() -> None:
     ("now", "same"),
     [
         (replace(NOW, source_id="64768:17"), True),  # another device number after a reboot
-        (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/a.qcow2", "/vm/t")), True),
+        (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/a.qcow2",)), True),
+        (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/a.qcow2", "/vm/t")), False),
+        (replace(NOW, backing=()), True),  # an image in the middle was committed
+        (replace(NOW, backing=("/vm/other.qcow2",)), False),  # rebased
+        (replace(NOW, backing=("nbd://template",)), True),  # named otherwise by QEMU's tools
+        (replace(NOW, source="/vm/template.qcow2", source_id="1:1", backing=("/vm/t",)), False),
         (replace(NOW, source="/vm/template.qcow2", source_id="1:1", backing=()), True),  # committed
         (replace(NOW, source="/vm/overlay", source_id="1:1", backing=("/vm/template.qcow2",)), False),
         (replace(NOW, source="/copy/a.qcow2", source_id="9:9@hv2", backing=()), True),  # moved: see below
