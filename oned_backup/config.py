@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -31,6 +31,17 @@ from oned_backup.errors import Misconfigured
 from oned_backup.places import SOCKET, default_run_dir, default_state_dir, settings_file
 
 _DAY_S = 86_400
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("a path must be absolute")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+#: an empty text is none
+OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(lambda value: None if value == "" else value)]
 
 
 @cache
@@ -73,24 +84,12 @@ class Ssh(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     #: the private key; '' = those that ssh tries by itself
-    identity_file: Path | None = None
+    identity_file: OptionalPath = None
     #: a file in the syntax of ssh_config, for what is special about a host; it wins
-    include: Path | None = None
+    include: OptionalPath = None
     connect_timeout_s: int = Field(default=10, ge=1, le=120)
     #: a link that is dead for three times this is given up
     keepalive_s: int = Field(default=5, ge=1, le=300)
-
-    @field_validator("identity_file", "include", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("identity_file", "include")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        if path is not None and not path.is_absolute():
-            raise ValueError("a path must be absolute")
-        return path
 
 
 class Settings(BaseSettings):
@@ -100,12 +99,12 @@ class Settings(BaseSettings):
         extra="forbid", frozen=True, env_prefix="ODB_", env_nested_delimiter="__", env_ignore_empty=True
     )
 
-    state_dir: Path = Field(default_factory=default_state_dir)
-    run_dir: Path = Field(default_factory=default_run_dir)
+    state_dir: AbsolutePath = Field(default_factory=default_state_dir)
+    run_dir: AbsolutePath = Field(default_factory=default_run_dir)
     #: where a pull job keeps what the guest overwrites meanwhile; '' = beside the disk
-    scratch_dir: Path | None = None
+    scratch_dir: OptionalPath = None
     #: searched before the built-in ones
-    driver_dirs: tuple[Path, ...] = ()
+    driver_dirs: tuple[AbsolutePath, ...] = ()
     #: operations at a time, in all and on one host
     workers: int = Field(default=4, ge=1, le=256)
     workers_per_host: int = Field(default=2, ge=1, le=256)
@@ -127,19 +126,6 @@ class Settings(BaseSettings):
     ssh: Ssh = Ssh()
 
     file: ClassVar[Path | None] = None
-
-    @field_validator("scratch_dir", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("state_dir", "run_dir", "scratch_dir", "driver_dirs")
-    @classmethod
-    def _absolute(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
-        for path in value if isinstance(value, tuple) else (value,):
-            if path is not None and not path.is_absolute():
-                raise ValueError("a path must be absolute")
-        return value
 
     @property
     def database(self) -> Path:
@@ -247,13 +233,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _first_fault(file: Path, error: ValidationError) -> Misconfigured:
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(part for part in fault["loc"] if isinstance(part, str))
     variable = f"ODB_{key.replace('.', '__').upper()}"
     where = variable if variable in os.environ else f"{file}: {key}"
     if fault["type"] == "extra_forbidden":
         known = ", ".join(name for name in Settings.model_fields)
         return Misconfigured(f"{where}: no such setting", hint=f"There are: {known}; see `config show`.")
+    text = fault["msg"].removeprefix("Value error, ")
     return Misconfigured(
-        f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, not {str(fault['input'])[:60]!r}",
+        f"{where}: {text[:1].lower()}{text[1:]}, not {str(fault['input'])[:60]!r}",
         hint=f"Correct or remove {key}; `oned-backup config show` prints all settings.",
     )

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sshd import Sshd
 
 from oned_backup.runner.kit import Report, check_driver
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """A real sshd on a loopback port."""
+    with Sshd(tmp_path_factory.mktemp("sshd") / "server") as server:
+        yield server
 
 
 @pytest.fixture

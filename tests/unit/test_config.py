@@ -42,7 +42,8 @@ def test_the_environment_wins(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("workers = 0", "workers: input should be greater than or equal to 1"),
         ("[retry]\nfor_ever = true", "retry.for_ever: no such setting"),
         ("workers = ", "config.toml: "),
-        ("state_dir = 'here'", "state_dir: value error, a path must be absolute"),
+        ("driver_dirs = ['/srv/drivers', 'here']", "driver_dirs: a path must be absolute, not 'here'"),
+        ("state_dir = 'here'", "state_dir: a path must be absolute"),
     ],
 )
 def test_errors_name_file_and_key(file: Path, text: str, message: str) -> None:

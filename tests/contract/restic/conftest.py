@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,6 @@ from stores import Chain, Disk, Store, make_chain, make_disk, make_store, run
 
 DRIVER = Path(__file__).parents[3] / "drivers/datastore/restic"
 PASSWORD = "correct horse"  # noqa: S105
-
-
-@pytest.fixture(scope="session")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with Sshd(tmp_path_factory.mktemp("sshd") / "server") as server:
-        yield server
 
 
 def at(sshd: Sshd, store: Store, **parameters: str) -> Store:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,6 @@ from sshd import Sshd
 from stores import Chain, Disk, Store, copy_chain, make_chain, make_disk, make_store
 
 DRIVER = Path(__file__).parents[3] / "drivers/datastore/rsync"
-
-
-@pytest.fixture(scope="session")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with Sshd(tmp_path_factory.mktemp("sshd") / "server") as server:
-        yield server
 
 
 def at(sshd: Sshd, store: Store, **parameters: str) -> Store:
