@@ -46,12 +46,21 @@ def backing_chain(host: Host, path: str, image_format: str) -> tuple[Image, ...]
 
     `NotFound` if one is absent, `DataCorrupt` if one cannot be understood.
     """
-    argv = ["qemu-img", "info", "--force-share", "--output=json", "--backing-chain", "-f", image_format]
+    return tuple(map(_image, _info(host, path, image_format, "--backing-chain")))
+
+
+def top_image(host: Host, path: str, image_format: str) -> Image:
+    """The uppermost of them, whatever becomes of those below; errors are as above."""
+    return _image(_info(host, path, image_format))
+
+
+def _info(host: Host, path: str, image_format: str, *options: str) -> Any:
+    argv = ["qemu-img", "info", "--force-share", "--output=json", *options, "-f", image_format]
     done = host.run([*_LIMITS, *argv, "--", path], check=False)
     if done.returncode != 0:
         missing = "No such file" in done.stderr
         raise (NotFound if missing else DataCorrupt)(f"image {path}: {done.last_words}")
-    return tuple(_image(entry) for entry in json.loads(done.stdout))
+    return json.loads(done.stdout)
 
 
 def create(host: Host, path: str, size_bytes: int) -> None:

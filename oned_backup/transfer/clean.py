@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from oned_backup import failpoints
-from oned_backup.errors import Busy, DriverFailed, NotFound, OnedBackupError
+from oned_backup.errors import Busy, DataCorrupt, DriverFailed, NotFound, OnedBackupError
 from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.connection import connected
@@ -107,13 +107,18 @@ def remove_image_bitmaps(task: Task, present: Iterable[DomainDisk], is_stray: Ca
     """Remove those of our bitmaps that `is_stray` tells from the images of a domain that is off.
 
     An image below the top one may be the disk of another VM, which needs its own bitmaps: there
-    only those go that this operation knows by name.
+    only those go that this operation knows by name. What only libvirt can open keeps them until the
+    domain runs.
     """
     known = {task.checkpoint, task.parent_checkpoint, task.merged_bitmap}
     for disk in present:
-        if not _is_tracked(disk):
+        if not _is_tracked(disk) or disk.special:
             continue
-        for layer, image in enumerate(qemu_img.backing_chain(task.host, disk.source, disk.format)):
+        try:
+            chain = qemu_img.backing_chain(task.host, disk.source, disk.format)
+        except (NotFound, DataCorrupt):
+            continue
+        for layer, image in enumerate(chain):
             for name in image.bitmaps:
                 if name.startswith(task.own_prefix) and is_stray(name) and (layer == 0 or name in known):
                     try:
@@ -135,10 +140,9 @@ def _remove_strays(task: Task, domain: Domain, present: Iterable[DomainDisk]) ->
     for disk in present:
         if not _is_tracked(disk):
             continue
-        for image in qemu_img.backing_chain(task.host, disk.source, disk.format)[:1]:
-            for name in image.bitmaps:
-                if name.startswith(task.own_prefix) and name != task.keep_checkpoint:
-                    checkpoints.remove_bitmap(domain, name, disk.target)
+        for name in qemu_img.top_image(task.host, disk.source, disk.format).bitmaps:
+            if name.startswith(task.own_prefix) and name != task.keep_checkpoint:
+                checkpoints.remove_bitmap(domain, name, disk.target)
 
 
 def _is_tracked(disk: DomainDisk) -> bool:

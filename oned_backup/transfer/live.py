@@ -137,8 +137,8 @@ def _decisions(task: Task, domain: Domain, disks: Iterable[Current]) -> dict[str
     usable = checkpoints.usable_targets(domain, task.parent_checkpoint, candidates)
     for disk in disks:
         if disk.target in candidates and disk.target not in usable:
-            chain = qemu_img.backing_chain(task.host, disk.source, disk.format)
-            listed = task.parent_checkpoint in chain[0].bitmaps
+            image = qemu_img.top_image(task.host, disk.source, disk.format)
+            listed = task.parent_checkpoint in image.bitmaps
             tracking = Tracking.INCONSISTENT if listed else Tracking.MISSING
             hoped[disk.target] = decide(disk, task.parent, tracking, task.full_reason)
     return hoped

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.guest
 BackUp = Callable[[Guest], BackedUpVm]
 MakeGuest = Callable[..., Guest]
 Observed = Callable[[str, object], None]
+#: options of an image, quickly made
+LUKS = "encrypt.format=luks,encrypt.iter-time=10"
 
 
 def made(path: Path, *options: str, disk_format: str = "qcow2") -> LabDisk:
@@ -156,7 +158,7 @@ def test_what_only_libvirt_can_open_is_refused_while_off(
     elif kind == "luks":
         owner = f'<secret type="passphrase" uuid="{uuid4()}"/>'
         more = f'"><encryption format="luks">{owner}</encryption></source>'
-        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        options = f"{LUKS},encrypt.key-secret=s"
         command(
             *("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc"),
             *("-o", options, str(path), "16M"),
@@ -195,3 +197,49 @@ def test_a_guest_with_an_iothread_outlives_its_backups(
     vm.guest.end()
     vm.backup()
     vm.assert_restores("vda")
+
+
+@pytest.fixture
+def passphrase(libvirtd: Libvirtd) -> Iterator[str]:
+    """The UUID of a secret of libvirt's: `abc`."""
+    uuid = str(uuid4())
+    secret = libvirtd.connection.secretDefineXML(f"<secret private='yes'><uuid>{uuid}</uuid></secret>")
+    secret.setValue(b"abc")
+    yield uuid
+    secret.undefine()
+
+
+@pytest.mark.fault("odd inputs", "disk that only libvirt can open, while it runs")
+@pytest.mark.parametrize("kind", [pytest.param("luks", marks=pytest.mark.whole_matrix), "chain"])
+def test_what_only_libvirt_can_open_is_backed_up_while_it_runs(
+    edited: Callable[..., Guest],
+    back_up: BackUp,
+    tmp_path: Path,
+    passphrase: str,
+    record_property: Observed,
+    kind: str,
+) -> None:
+    path = tmp_path / "one"
+    if kind == "luks":
+        key = ("--object", "secret,id=s,data=abc", "-o", f"{LUKS},encrypt.key-secret=s")
+        command("qemu-img", "create", "-q", "-f", "qcow2", *key, str(path), "16M")
+        secret = f'<secret type="passphrase" uuid="{passphrase}"/>'
+        more = f'"><encryption format="luks">{secret}</encryption></source>'
+    else:
+        base = made(tmp_path / "base").path
+        command("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(path))
+        base = base.rename(tmp_path / "moved")  # the image names one that is not there any more
+        below = f'<format type="qcow2"/><source file="{base}"/><backingStore/>'
+        more = f'"/><backingStore type="file">{below}</backingStore>'
+    vm = back_up(edited(LabDisk(path), (f'{path}"/>', f"{path}{more}")))
+    vm.guest.start()
+    said = [vm.backup().reason("vda") for _ in range(2)]
+    vm.assert_restores("vda")
+    vm.guest.end()
+    ended = vm.next_backup()
+    vm.tm("post_backup_live", ended, files=tmp_path, operation_id="op-00000000000a", KEEP_CHECKPOINT="")
+    vm.guest.start()
+    said.append(vm.backup().reason("vda"))
+    vm.assert_restores("vda")
+    assert said == ["first-backup", "increment", "increment"]
+    record_property("observed", f"{', '.join(said)}; it had ended between the second one and its clean-up")

@@ -12,7 +12,7 @@ from oned_backup.hypervisor.connection import connected, libvirt_errors
 from oned_backup.hypervisor.domain import Domain, DomainDisk, State, disks, find_domain
 from oned_backup.hypervisor.host import Host as Machine
 from oned_backup.hypervisor.host import host_for
-from oned_backup.hypervisor.qemu_img import backing_chain
+from oned_backup.hypervisor.qemu_img import top_image
 from oned_backup.model.host import Host
 from oned_backup.sdk import Answer, Call, Driver
 from oned_backup.transfer.companions import unpack_tpm
@@ -157,7 +157,7 @@ def _capacity(machine: Machine, domain: Domain, disk: DomainDisk) -> int:
     try:
         if domain.is_active:
             return domain.capacity_bytes(disk.target)
-        return backing_chain(machine, disk.source, disk.format)[0].size_bytes
+        return top_image(machine, disk.source, disk.format).size_bytes
     except OnedBackupError:
         return 0
 
