@@ -157,6 +157,10 @@ def _add_general(app: FastAPI, service: Service) -> None:
     def metrics() -> Response:
         return Response(service.metrics.text(store), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/v1/documents/{kind}/{number}")
+    def document(kind: str, number: int) -> Any:
+        return {"xml": views.document(store, kind, number)}
+
     @app.get("/v1/resolve")
     def resolved(kind: str, ref: str) -> Any:
         return {"id": resolve(store, kind, ref)}

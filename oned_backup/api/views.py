@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from oned_backup import xmldoc
 from oned_backup.daemon.progress import RunningStep
 from oned_backup.daemon.requests import waits_for
 from oned_backup.daemon.service import Service
@@ -56,6 +57,12 @@ def _vm_row(row: JSON, points: Points | None, newest: NewestGood | None) -> JSON
         "last_backup": vars(newest) if newest else None,
         "last_verified_at": points.last_proved_at if points else None,
     }
+
+
+def document(store: Store, kind: str, number: int) -> str:
+    """A document as the catalogue has it, indented; secrets are ***."""
+    element = store.get(kind, number).element
+    return xmldoc.serialize(masked(Datastore(element)) if kind == "datastore" else element, pretty=True)
 
 
 def vm_view(store: Store, vm: Vm) -> JSON:

@@ -10,7 +10,7 @@ import typer
 
 from oned_backup.cli import follow, output
 from oned_backup.cli.parameters import parameter_values
-from oned_backup.cli.session import Json, Wait, client
+from oned_backup.cli.session import Json, Wait, Xml, client, print_document
 from oned_backup.client import Client
 
 app = typer.Typer(help="Where backups are kept.", no_args_is_help=True)
@@ -71,10 +71,14 @@ def list_datastores(*, json: Json = False) -> None:
 
 
 @app.command()
-def show(ref: _Ref, *, json: Json = False) -> None:
+def show(ref: _Ref, *, json: Json = False, xml: Xml = False) -> None:
     """Show a datastore and its parameters (secret ones as ***)."""
     api = client()
-    _print_one(api.get(f"datastores/{api.resolve('datastore', ref)}"), as_json=json)
+    datastore_id = api.resolve("datastore", ref)
+    if xml:
+        print_document(api, "datastore", datastore_id)
+    else:
+        _print_one(api.get(f"datastores/{datastore_id}"), as_json=json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from oned_backup.cli import output
-from oned_backup.cli.session import Json, client, key_values
+from oned_backup.cli.session import Json, Xml, client, key_values, print_document
 
 app = typer.Typer(help="Hypervisors.", no_args_is_help=True)
 
@@ -50,10 +50,14 @@ def list_hosts(*, json: Json = False) -> None:
 
 
 @app.command()
-def show(ref: _Ref, *, json: Json = False) -> None:
+def show(ref: _Ref, *, json: Json = False, xml: Xml = False) -> None:
     """Show a hypervisor and its domains, as they are now."""
     api = client()
-    host = api.get(f"hosts/{api.resolve('host', ref)}")
+    host_id = api.resolve("host", ref)
+    if xml:
+        print_document(api, "host", host_id)
+        return
+    host = api.get(f"hosts/{host_id}")
     if json:
         output.print_json(host)
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from oned_backup.cli import follow, output
-from oned_backup.cli.session import Json, Wait, client
+from oned_backup.cli.session import Json, Wait, Xml, client, print_document
 from oned_backup.cli.vm import print_images
 from oned_backup.errors import InvalidInput, NotFound
 
@@ -48,13 +48,17 @@ def list_images(
 
 
 @app.command()
-def show(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
+def show(image: _Id, increment: _Increment = None, *, json: Json = False, xml: Xml = False) -> None:
     """Show every restore point of an image. Its disks with reasons, freeze, whether it was verified.
 
     Of a long chain the disks of the newest one are shown, and those that were taken in full;
     `--increment` shows those of another.
     """
-    found = client().get(f"images/{image}")
+    api = client()
+    if xml:
+        print_document(api, "image", image)
+        return
+    found = api.get(f"images/{image}")
     if json:
         output.print_json(found)
         return

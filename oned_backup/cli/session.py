@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from oned_backup.cli.output import say
 from oned_backup.client import Client
 from oned_backup.errors import InvalidInput
 from oned_backup.places import daemon_socket
@@ -15,6 +16,7 @@ from oned_backup.places import daemon_socket
 _settings_file: list[Path] = []
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Xml = Annotated[bool, typer.Option("--xml", help="Print the document as OpenNebula has it.")]
 Wait = Annotated[
     bool,
     typer.Option("--wait/--no-wait", help="Wait for the end (default), or print the id of the operation."),
@@ -34,6 +36,11 @@ def settings_file() -> Path | None:
 def client() -> Client:
     """A client of the daemon that these settings lead to."""
     return Client(daemon_socket(settings_file()))
+
+
+def print_document(api: Client, kind: str, number: int) -> None:
+    """The document on stdout, as the catalogue has it; secrets are ***."""
+    say(api.get(f"documents/{kind}/{number}")["xml"].rstrip("\n"))
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:

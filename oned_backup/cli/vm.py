@@ -10,7 +10,7 @@ import typer
 
 from oned_backup.cli import follow, output
 from oned_backup.cli.operation import failure_fields
-from oned_backup.cli.session import Json, Wait, client, key_values
+from oned_backup.cli.session import Json, Wait, Xml, client, key_values, print_document
 from oned_backup.client import Client, error_of
 from oned_backup.errors import InvalidInput, NothingToBackUp
 
@@ -80,10 +80,14 @@ def _ago(seconds: float | None) -> str:
 
 
 @app.command()
-def show(ref: _Ref, *, json: Json = False) -> None:
+def show(ref: _Ref, *, json: Json = False, xml: Xml = False) -> None:
     """Show how a VM is backed up. Its disks, and why one is left out; its backups."""
     api = client()
-    vm = api.get(f"vms/{api.resolve('vm', ref)}")
+    vm_id = api.resolve("vm", ref)
+    if xml:
+        print_document(api, "vm", vm_id)
+        return
+    vm = api.get(f"vms/{vm_id}")
     if json:
         output.print_json(vm)
         return
