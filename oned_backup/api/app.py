@@ -58,6 +58,7 @@ from oned_backup.model.datastore import Datastore
 from oned_backup.model.host import Host
 from oned_backup.operations import datastores, inventory, retention, scrub
 from oned_backup.operations.caller import query_caller
+from oned_backup.operations.kinds import KINDS
 from oned_backup.operations.stored import list_disks
 from oned_backup.store import OperationState
 
@@ -68,6 +69,8 @@ LONGEST_WAIT_S = 30.0
 _MOST_OPERATIONS = 1000
 _MOST_WAITING = 512
 
+#: of a value in a request, which its name tells as well
+_PLACES = frozenset({"body", "path", "query"})
 _STATUS: tuple[tuple[type[OnedBackupError], int], ...] = (
     (InvalidInput, 400),
     (PermissionDenied, 403),
@@ -117,7 +120,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if part not in _PLACES)
         return JSONResponse(InvalidInput(f"{where}: {first['msg']}").to_json(), 400)
 
     @app.exception_handler(OverflowError)
@@ -370,6 +373,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         failed: bool = False,
     ) -> Any:
         """The newest operations. `failed`: only such, with what was undone and what to do next."""
+        if kind is not None and kind not in KINDS:
+            raise InvalidInput(
+                f"there are no operations of kind '{kind[:40]}'", hint=f"Kinds are {', '.join(KINDS)}."
+            )
         if failed:
             found = journal.list(state=OperationState.FAILED, kind=kind, vm_id=vm_id, limit=limit)
             return [views.failed_row(service.services.store, entry) for entry in found]

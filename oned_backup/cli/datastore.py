@@ -26,7 +26,7 @@ _Values = Annotated[
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="A name for the datastore.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name for the datastore.")],
     values: _Values = None,
     *,
     driver: Annotated[str, typer.Option(help="Datastore driver; see `driver list`.")],
@@ -145,15 +145,20 @@ def scrub(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
 
 def _show_scrub(operation: Mapping[str, Any]) -> None:
     result = operation["result"]
+    if not result["backups"]:
+        output.say("nothing is due to be read again")
+        return
     share = "" if result["percent"] is None else f", {result['percent']} % of it as a sample"
-    output.say(f"{len(result['backups'])} backups read again ({output.size(result['read_bytes'])}{share})")
+    backups = output.counted(len(result["backups"]), "backup")
+    output.say(f"{backups} read again ({output.size(result['read_bytes'])}{share})")
 
 
 def _show_import(operation: Mapping[str, Any]) -> None:
     found = operation["result"]
     output.say(
-        f"{found['backups']} backups imported into {found['images']} images,"
-        f" {found['vms']} new VMs; {found['known']} backups were known"
+        f"{output.counted(found['backups'], 'backup')} imported"
+        f" into {output.counted(found['images'], 'image')},"
+        f" {output.counted(found['vms'], 'new VM')}; known already: {found['known']}"
     )
     for name in ("unreadable", "left_over"):
         for text in found.get(name, ()):

@@ -8,7 +8,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,12 +79,20 @@ def _download_to_stdout(body: Mapping[str, Any]) -> None:
         ended = threading.Event()
         operation = api.post("downloads", {**body, "target": str(fifo)})
         trouble: list[OSError] = []
-        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended, trouble), daemon=True)
+
+        def lose(error: OSError) -> None:
+            trouble.append(error)
+            with suppress(OnedBackupError):
+                api.post(f"operations/{operation['id']}/cancel")
+
+        copier = threading.Thread(target=_copy_to_stdout, args=(reader, ended, lose), daemon=True)
         copier.start()
         # Once this command is gone, nobody reads what the operation writes.
         finished = follow.follow(api, operation, quiet=sys.stdout.isatty(), goes_on=False)
         ended.set()
         copier.join()
+        if trouble and isinstance(trouble[0], BrokenPipeError):
+            raise trouble[0]
         if trouble:
             kind = NoSpace if trouble[0].errno == errno.ENOSPC else OnedBackupError
             raise kind(f"standard output: {trouble[0].strerror}")
@@ -92,10 +101,10 @@ def _download_to_stdout(body: Mapping[str, Any]) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _copy_to_stdout(reader: int, ended: threading.Event, trouble: list[OSError]) -> None:
+def _copy_to_stdout(reader: int, ended: threading.Event, lose: Callable[[OSError], None]) -> None:
     """Copy until the writer has come and gone, or the operation has ended without one.
 
-    What goes wrong with standard output is put into `trouble`; closing the FIFO ends the operation.
+    `lose` is told what goes wrong with standard output, before the writer is.
     """
     import select  # noqa: PLC0415 - only here
 
@@ -110,9 +119,7 @@ def _copy_to_stdout(reader: int, ended: threading.Event, trouble: list[OSError])
                     view = view[os.write(sys.stdout.fileno(), view) :]
             elif events & select.POLLHUP or ended.is_set():
                 return
-    except BrokenPipeError:
-        return
     except OSError as error:
-        trouble.append(error)
+        lose(error)
     finally:
         os.close(reader)

@@ -16,7 +16,7 @@ _Ref = Annotated[str, typer.Argument(metavar="HOST", help="Id or name.")]
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="A name for the host.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name for the host.")],
     uri: Annotated[str, typer.Option(help="Libvirt's URI.")] = "qemu:///system",
     vmm: Annotated[str, typer.Option(help="Hypervisor driver.")] = "kvm",
     tm: Annotated[str, typer.Option(help="Transfer manager driver of its VMs.")] = "qcow2",

@@ -62,6 +62,7 @@ def show(image: _Id, increment: _Increment = None, *, json: Json = False, xml: X
     if json:
         output.print_json(found)
         return
+    disks = disks_shown(found["increments"], increment)
     names = ("id", "name", "vm_id", "vm_name", "datastore", "state", "error")
     output.print_fields(
         [*((name, found[name]) for name in names), ("size", output.size_mb(found["size_mb"]))]
@@ -85,7 +86,7 @@ def show(image: _Id, increment: _Increment = None, *, json: Json = False, xml: X
     output.say("")
     output.print_table(
         ("INCR>", "DISK>", "TARGET", "TYPE", "REASON", "SIZE>", "STORED>"),
-        disks_shown(found["increments"], increment),
+        disks,
     )
     if increment is None and len(found["increments"]) > SHORT_CHAIN:
         output.warn("disks of other increments: --increment N")
@@ -151,7 +152,9 @@ def ls(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
 def verify(
     image: _Id,
     increment: _Increment = None,
-    percent: Annotated[int | None, typer.Option(help="Only a random share of each file.")] = None,
+    percent: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Only a random share of each file.")
+    ] = None,
     *,
     wait: Wait = True,
     json: Json = False,
@@ -167,7 +170,7 @@ def _show_verified(operation: Mapping[str, Any]) -> None:
     read = sum(backup["read_bytes"] for backup in backups)
     share = "" if operation["result"]["whole"] else " (a sample)"
     output.say(
-        f"{len(backups)} backup{'' if len(backups) == 1 else 's'} whole: {output.size(read)} read"
+        f"{output.counted(len(backups), 'backup')} whole: {output.size(read)} read"
         f" in {follow.elapsed(operation)}{share}"
     )
 
@@ -236,7 +239,7 @@ def _pin(image: int, increment: int | None, *, pinned: bool, json: bool) -> None
 def restore(
     image: _Id,
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory for the restored files.")],
+    to: Annotated[str, typer.Option("--to", metavar="DIR", help="Directory for the restored files.")],
     host: Annotated[
         str | None, typer.Option("--host", metavar="HOST", help="Where DIR is; this machine if absent.")
     ] = None,
@@ -261,6 +264,8 @@ def restore(
     json: Json = False,
 ) -> None:
     """Restore a VM, or a disk, to a directory of a host. Every byte is proved on the way."""
+    if not to:
+        raise InvalidInput("--to names no directory")
     given = {"--name": name is not None, "--no-nic": no_nic, "--no-ip": no_ip}
     if define is None and any(given.values()):
         raise InvalidInput(
@@ -269,7 +274,7 @@ def restore(
         )
     api = client()
     body = {
-        "to": str(to if host else to.absolute()),
+        "to": to if host else str(Path(to).absolute()),
         "host_id": None if host is None else api.resolve("host", host),
         "increment_id": increment,
         "disk_id": disk_id,

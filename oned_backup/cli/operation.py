@@ -58,7 +58,7 @@ def list_operations(
                 )
                 for one in operations
             ],
-            empty="No operations yet.",
+            empty="No operations yet." if vm is None and kind is None else "No such operations.",
         )
 
 

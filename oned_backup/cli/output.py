@@ -58,6 +58,11 @@ def print_fields(fields: Sequence[tuple[str, Any]]) -> None:
         say(f"{name:<{width}}  {value}")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 backup, 2 backups."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def size(count: float | None) -> str:
     """Bytes for people: 1.5 GiB."""
     if count is None:

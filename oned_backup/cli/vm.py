@@ -21,7 +21,7 @@ _Ref = Annotated[str, typer.Argument(metavar="VM", help="Id or name.")]
 
 @app.command("import")
 def import_vms(
-    host: Annotated[str, typer.Argument(help="Id or name of the host.")],
+    host: Annotated[str, typer.Argument(metavar="HOST", help="Id or name of the host.")],
     domains: Annotated[list[str] | None, typer.Argument(metavar="DOMAIN", help="Names or UUIDs.")] = None,
     *,
     every: Annotated[bool, typer.Option("--all", help="All domains of the host.")] = False,
@@ -218,15 +218,17 @@ def _show_backup(operation: Mapping[str, Any]) -> None:
 
 @app.command()
 def forget(ref: _Ref) -> None:
-    """Back up a VM no more, because it is gone or not wanted. Its backups stay and can be restored.
+    """Forget a VM that is gone, or not to be backed up. Its backups stay and can be restored.
 
     Its domain is not touched. `vm import` makes it the VM that it was. When the last of its images is deleted
     nothing of it is left.
     """
     api = client()
     vm = api.delete(f"vms/{api.resolve('vm', ref)}")
-    kept = f"its {vm['images']} images stay: oned-backup image list --vm {vm['id']}" if vm["images"] else ""
-    output.say(f"VM {vm['id']} ({vm['name']}) forgotten" + (f"; {kept}" if kept else ""))
+    output.say(f"VM {vm['id']} ({vm['name']}) forgotten")
+    if vm["images"]:
+        kept = output.counted(vm["images"], "image")
+        output.say(f"  its backups stay ({kept}): oned-backup image list --vm {vm['id']}")
 
 
 @app.command()
@@ -304,7 +306,7 @@ def backup_cancel(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
 
 @app.command()
 def untrack(ref: _Ref, *, wait: Wait = True, json: Json = False) -> None:
-    """Take our checkpoints and dirty bitmaps off a VM's disks; its backups stay.
+    """Take off a VM's disks what tracks changes. That is our checkpoints and dirty bitmaps; its backups stay.
 
     Before it is reverted to an internal snapshot, or when it is not to be backed up any more. Its next
     backup is a full one.

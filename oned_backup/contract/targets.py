@@ -19,6 +19,13 @@ from oned_backup.model.names import checked_name
 FORMATS = ("qcow2", "raw")
 
 
+def checked_format(name: str) -> str:
+    """`name`, which is `InvalidInput` if it is no format that disks are restored to."""
+    if name not in FORMATS:
+        raise InvalidInput(f"format '{name[:20]}' is none of {', '.join(FORMATS)}")
+    return name
+
+
 @dataclass(frozen=True)
 class NewDisk:
     """A disk that a restore is going to make."""

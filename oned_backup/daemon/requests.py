@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from oned_backup.contract.targets import checked_format
 from oned_backup.contract.url import parse_url
 from oned_backup.daemon.service import Service
 from oned_backup.errors import Conflict, InvalidInput, NotFound, NothingToBackUp, OnedBackupError
@@ -20,6 +21,7 @@ from oned_backup.operations.exclusion import datastore_lock, must_wait_for, rete
 from oned_backup.operations.flatten import checked_run
 from oned_backup.operations.moving import refreshed
 from oned_backup.operations.services import Services
+from oned_backup.operations.stored import datastore_of_url, increment_option
 from oned_backup.store import Operation, OperationState
 
 
@@ -76,6 +78,8 @@ def restore(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Op
     """Queue a restore of an image to a directory, on the host where its domain is to be defined."""
     image = service.services.image(image_id)
     vm = service.services.vm(image.vm_id)
+    checked_format(str(arguments.get("format", "qcow2")))
+    increment_option(service.services, image, arguments.get("increment_id"))
     found: dict[str, Any] = {"image_id": image_id, **arguments}
     define_host_id = found.get("define_host_id")
     host_id = found.get("host_id", define_host_id)
@@ -150,6 +154,7 @@ def pin(service: Service, image_id: int, increment_id: int | None, *, pinned: bo
 def verify(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Operation:
     """Queue the verification of an image."""
     image = service.services.image(image_id)
+    increment_option(service.services, image, arguments.get("increment_id"))
     return service.submit(
         "verify",
         vm_lock(image.vm_id),
@@ -162,7 +167,8 @@ def verify(service: Service, image_id: int, arguments: Mapping[str, Any]) -> Ope
 def download(service: Service, arguments: Mapping[str, Any]) -> Operation:
     """Queue the download of a disk by its pseudo-URL."""
     url = parse_url(str(arguments["url"]))
-    service.services.datastore(url.datastore_id)
+    datastore_of_url(service.services, url.datastore_id, url.scheme)
+    checked_format(str(arguments.get("format", "raw")))
     host_id = arguments.get("host_id")
     if host_id is not None:
         arguments = {**arguments, "tm_mad": service.services.host(host_id).tm_mad}
@@ -179,8 +185,8 @@ def import_store(service: Service, datastore_id: int) -> Operation:
 
 
 def prune(service: Service, datastore_id: int) -> Operation:
-    """Queue the freeing of what a store does not need any more."""
-    service.services.datastore(datastore_id)
+    """Queue the freeing of what a store does not need any more; `Unsupported` if it frees that at once."""
+    pruning.refuse_without_prune(service.services, service.services.datastore(datastore_id))
     operation = pruning.queue(service.services, datastore_id)
     service.look()
     return operation

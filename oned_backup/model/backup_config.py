@@ -162,8 +162,8 @@ def updated(config: BackupConfig, values: Mapping[str, str]) -> BackupConfig:
     for name, text in values.items():
         if name not in _SETTABLE:
             raise InvalidInput(
-                f"BACKUP_CONFIG has no attribute {name[:40]} that can be set",
-                hint=f"It has {', '.join(_SETTABLE)}.",
+                f"{name[:40]} cannot be set of a VM",
+                hint=f"What can: {', '.join(_SETTABLE)}.",
             )
         field = name.lower()
         changes[field] = _PARSERS[name](name, text.strip()) if text.strip() else _DEFAULTS[field]

@@ -32,7 +32,7 @@ _NEXT: Mapping[str, str] = {
     "Misconfigured": "Correct the setting, then start it again.",
     "InvalidInput": "Correct what was given, then start it again.",
     "NothingToBackUp": "See `oned-backup vm show`; correct DISK_IDS with `vm set`, or leave this VM out.",
-    "Conflict": "Wait for the other operation, or cancel it, then start it again.",
+    "Conflict": "Wait for what uses it, or name something else, then start it again.",
     "Unsupported": "Choose another store or host driver: this one cannot do it.",
     "Cancelled": "Start it again if it is still wanted.",
     "DriverBug": "The driver breaks its contract: `oned-backup driver check` and the daemon's log tell more.",

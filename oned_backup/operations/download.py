@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from oned_backup.contract.targets import FORMATS, NewDisk
+from oned_backup.contract.targets import NewDisk, checked_format
 from oned_backup.contract.url import DiskUrl, parse_url
 from oned_backup.errors import Cancelled, Conflict, DataCorrupt, InvalidInput, NotFound, Salvaged, Unavailable
 from oned_backup.model.manifest import parse_manifest
@@ -36,9 +36,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
     url = parse_url(context.text("url"))
     stored.datastore_of_url(context.services, url.datastore_id, url.scheme)
     url = _present_url(context, url)
-    image_format = context.text("format", "raw")
-    if image_format not in FORMATS:
-        raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
+    image_format = checked_format(context.text("format", "raw"))
     target = Path(context.text("target"))
     if "\0" in str(target) or not target.is_absolute() or ".." in target.parts:
         raise InvalidInput(f"target '{str(target)[:200]}' is not an absolute path")

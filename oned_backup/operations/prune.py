@@ -29,6 +29,15 @@ def can_prune(services: Services, datastore: Datastore) -> bool:
         return False
 
 
+def refuse_without_prune(services: Services, datastore: Datastore) -> None:
+    """`Unsupported` if the datastore's driver has nothing to do there."""
+    if not can_prune(services, datastore):
+        raise Unsupported(
+            f"datastore {datastore.id} ({datastore.name}): removing frees the space at once:"
+            " there is nothing to prune"
+        )
+
+
 def due(services: Services) -> list[int]:
     """The datastores that were not pruned for `prune_every_h`; one whose prune is queued is not due."""
     every_s = services.settings.prune_every_h * 3600
@@ -57,10 +66,7 @@ def queue(services: Services, datastore_id: int) -> Operation:
 def _prune(context: Context) -> Mapping[str, Any]:
     services = context.services
     datastore = services.datastore(context.integer("datastore_id"))
-    if not can_prune(services, datastore):
-        raise Unsupported(
-            f"datastore {datastore.id}: removing frees the space at once: there is nothing to prune"
-        )
+    refuse_without_prune(services, datastore)
     answer = context.caller.datastore("prune", datastore)
     services.measured_at.pop(datastore.id, None)  # there may be more room now
     return {"freed_mb": whole_number(answer, "FREED_MB") if "FREED_MB" in answer else 0}

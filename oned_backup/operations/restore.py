@@ -26,7 +26,7 @@ from uuid import uuid4
 from oned_backup import xmldoc
 from oned_backup.contract.companions import DOMAIN_XML, NVRAM, TPM
 from oned_backup.contract.documents import RestorePlan, StoredDisk
-from oned_backup.contract.targets import FORMATS, DiskTarget, NewDisk
+from oned_backup.contract.targets import DiskTarget, NewDisk, checked_format
 from oned_backup.contract.url import parse_url
 from oned_backup.errors import (
     Conflict,
@@ -68,9 +68,7 @@ _OLD_NAME_CHARACTERS = 100
 
 
 def _plan(context: Context) -> Mapping[str, Any]:
-    image_format = context.text("format", "qcow2")
-    if image_format not in FORMATS:
-        raise InvalidInput(f"format '{image_format[:20]}' is none of {', '.join(FORMATS)}")
+    image_format = checked_format(context.text("format", "qcow2"))
     directory = _directory(context.text("to"))
     image = context.services.image(context.integer("image_id"))
     whole_vm = context.arguments.get("disk_id") is None

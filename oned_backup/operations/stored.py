@@ -95,7 +95,7 @@ def list_disks(
     datastore: Datastore | None = None,
 ) -> Listing:
     """The disks of a restore point with their pseudo-URLs; `datastore`: with other parameters."""
-    options = _increment_option(services, image, increment_id)
+    options = increment_option(services, image, increment_id)
     answer = call_image(services, caller, "ls", image, options, datastore=datastore)
     return Listing.from_xml(document(answer, "LISTING"))
 
@@ -110,7 +110,7 @@ def plan_restore(
     salvage: bool = False,
 ) -> RestorePlan:
     """What it takes to restore the VM, or one of its disks; to `salvage`, without what is damaged."""
-    options = _increment_option(services, image, increment_id) | ({"SALVAGE": "YES"} if salvage else {})
+    options = increment_option(services, image, increment_id) | ({"SALVAGE": "YES"} if salvage else {})
     if disk_id is not None:
         options["DISK_ID"] = str(disk_id)
     root = document(call_image(services, caller, "restore", image, options), "PLAN")
@@ -120,7 +120,7 @@ def plan_restore(
         raise DriverBug(f"PLAN: {error}") from error
 
 
-def _increment_option(services: Services, image: Image, increment_id: int | None) -> dict[str, str]:
+def increment_option(services: Services, image: Image, increment_id: int | None) -> dict[str, str]:
     """The option that names the increment; refuses those that cannot be restored."""
     if not image.is_ready:
         raise Conflict(f"image {image.id} is in state {image.state_name}: it cannot be read")

@@ -164,7 +164,7 @@ def _get(connection: sa.Connection, kind: str, document_id: int) -> Versioned:
     row = connection.execute(_GET, {"of_kind": kind, "this": document_id}).one_or_none()
     if row is None:
         hint = f"`oned-backup {kind} list` shows what there is."
-        raise NotFound(f"there is no {kind} {document_id}", hint=hint)
+        raise NotFound(f"there is no {'VM' if kind == 'vm' else kind} {document_id}", hint=hint)
     return Versioned(xmldoc.parse(row.xml, what=f"{kind} {document_id}"), row.version)
 
 

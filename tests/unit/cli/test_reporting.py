@@ -127,7 +127,7 @@ def test_a_vm_that_is_gone_is_forgotten_and_its_backups_stay(stack: Stack, tmp_p
     gone = stack("vm", "backup", "--all")
     assert gone.code == NotFound.exit_code
     assert "oned-backup vm forget 0" in gone.err
-    assert "its 1 images stay" in stack.ok("vm", "forget", "db").out
+    assert "its backups stay (1 image)" in stack.ok("vm", "forget", "db").out
     assert "VM 0" not in stack.ok("vm", "backup", "--all").err
     stack.ok("image", "restore", str(image), "--to", str(tmp_path / "restored"))
     definition.write_text(with_disk)

@@ -66,6 +66,15 @@ def test_download_to_file_and_stdout(stack: Stack, tmp_path: Path) -> None:
     streamed = subprocess.run([*program, "download", disk["url"], "-"], capture_output=True, check=False)
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stdout == expected
+    # When nobody reads it any more, it ends as if it were cancelled, without a word.
+    headed = subprocess.run(
+        ["sh", "-c", '"$@" | head -c 1', "sh", *program, "download", disk["url"], "-"],
+        capture_output=True,
+        check=False,
+    )
+    assert (headed.stdout, headed.stderr) == (expected[:1], b"")
+    (operation,) = stack.ok("operation", "list", "--limit", "1", "--json").json
+    assert stack("operation", "show", operation["id"], "--wait", "--json").json["state"] == "CANCELLED"
     # Interrupted, it goes on in nobody's name: nobody would read it.
     with subprocess.Popen([*program, "download", disk["url"], "-"], stdout=subprocess.PIPE) as streaming:
         assert streaming.stdout is not None
@@ -116,7 +125,7 @@ def test_a_lost_catalogue_is_rebuilt_from_the_store(stack: Stack, tmp_path: Path
     assert stack.ok("image", "list", "--json").json == []
     stack.ok("datastore", "create", "found", "--driver", "fs", f"BASE_PATH={stack.store}")
     said = stack.ok("datastore", "import", "found").out
-    assert said == "3 backups imported into 3 images, 2 new VMs; 0 backups were known\n"
+    assert said == "3 backups imported into 3 images, 2 new VMs; known already: 0\n"
     images = stack.ok("image", "list", "--json").json
     known = {
         point["backup_id"]
@@ -124,7 +133,7 @@ def test_a_lost_catalogue_is_rebuilt_from_the_store(stack: Stack, tmp_path: Path
         for point in stack.ok("image", "show", str(image["id"]), "--json").json["increments"]
     }
     assert known == before
-    assert stack.ok("datastore", "import", "found").out.endswith("3 backups were known\n")
+    assert stack.ok("datastore", "import", "found").out.endswith("known already: 3\n")
     assert {vm["state"] for vm in stack.ok("vm", "list", "--json").json} == {"DONE"}
     newest = max(images, key=lambda image: image["id"])
     stack.ok("image", "verify", str(newest["id"]))
@@ -394,3 +403,27 @@ def test_an_increment_is_deleted(stack: Stack) -> None:
     assert "FULL" in stack.ok("vm", "backup", "web").out
     stack.ok("image", "delete", "1", "--increment", "0")
     assert len(stack.ok("image", "list", "--json").json) == 1
+
+
+def test_what_can_be_seen_to_be_wrong_at_once_begins_nothing(stack: Stack, tmp_path: Path) -> None:
+    stack.ok("vm", "backup", "web")
+    url = stack.ok("image", "ls", "0", "--json").json[0]["url"]
+    to = str(tmp_path / "out")
+    before = stack.ok("operation", "list", "--json").json
+    for code, words, said in (
+        (66, ("image", "restore", "0", "--to", to, "--increment", "9"), "there is no increment 9"),
+        (2, ("image", "restore", "0", "--to", to, "--format", "vmdk"), "'vmdk' is none of qcow2, raw"),
+        (2, ("image", "restore", "0", "--to", ""), "--to names no directory"),
+        (66, ("image", "verify", "0", "--increment", "9"), "there is no increment 9"),
+        (2, ("image", "verify", "0", "--percent", "0"), "percent"),
+        (66, ("image", "show", "0", "--increment", "9"), "there is no increment 9"),
+        (2, ("download", url, to, "--format", "vdi"), "'vdi' is none of qcow2, raw"),
+        (2, ("download", url.replace("fs:", "restic:"), to), "has driver fs, not restic"),
+        (64, ("datastore", "prune", "store"), "nothing to prune"),
+        (2, ("operation", "list", "--kind", "foo"), "no operations of kind 'foo'"),
+        (66, ("vm", "show", "99"), "there is no VM 99"),
+    ):
+        ran = stack(*words)
+        assert (ran.code, ran.out) == (code, ""), (words, ran)
+        assert said in ran.err, words
+    assert stack.ok("operation", "list", "--json").json == before
