@@ -54,6 +54,7 @@ class DomainDisk:
     backing_ends: bool = False
     special: str = ""
     shareable: bool = False
+    passed_through: bool = False
 
 
 class Domain:
@@ -160,6 +161,7 @@ def tpm(xml: xmldoc.Element) -> xmldoc.Element | None:
 def _disk(element: xmldoc.Element) -> DomainDisk:
     target = element.find("target")
     driver = element.find("driver")
+    device = element.get("device", "disk")
     backing = []
     ends = False
     layer = element.find("backingStore")
@@ -172,13 +174,14 @@ def _disk(element: xmldoc.Element) -> DomainDisk:
     return DomainDisk(
         target="" if target is None else target.get("dev", ""),
         type=element.get("type", "file"),
-        device=element.get("device", "disk"),
+        device=device,
         format="raw" if driver is None else driver.get("type", "raw"),
         source=_source(element),
         backing=tuple(backing),
         backing_ends=ends,
         special=next((text for tag, text in _SPECIAL if element.find(f".//{tag}") is not None), ""),
         shareable=element.find("shareable") is not None,
+        passed_through=device == "lun" and target is not None and target.get("bus") == "scsi",
     )
 
 

@@ -31,8 +31,12 @@ class Selection:
     excluded: tuple[ExcludedDisk, ...]
 
 
-def select(task: Task, present: Iterable[DomainDisk]) -> Selection:
-    """What of the domain's disks is backed up; `Misconfigured` if nothing is."""
+def select(task: Task, present: Iterable[DomainDisk], *, running: bool) -> Selection:
+    """What of the domain's disks is backed up; `Misconfigured` if nothing is.
+
+    A SCSI device that is passed through is not while the domain is `running`: QEMU cannot
+    keep what it does not see overwritten.
+    """
     by_target = {disk.target: disk for disk in present}
     chosen, left_out = select_disks(task.vm)
     included = []
@@ -47,6 +51,9 @@ def select(task: Task, present: Iterable[DomainDisk]) -> Selection:
             excluded.append(ExcludedDisk(disk.target, Reason.NO_MEDIUM, disk.disk_id, text))
         elif found.type not in {"file", "block"} or not found.source:
             text = f"{disk.target} has a source of type {found.type}"
+            excluded.append(ExcludedDisk(disk.target, Reason.UNSUPPORTED_SOURCE, disk.disk_id, text))
+        elif running and found.passed_through:
+            text = f"{disk.target} is a SCSI device that is passed through: it is backed up only while off"
             excluded.append(ExcludedDisk(disk.target, Reason.UNSUPPORTED_SOURCE, disk.disk_id, text))
         else:
             included.append((disk, found))

@@ -43,7 +43,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     _take_over(task, domain)
     xml = domain.xml()
     present = domains.disks(xml)
-    selection = disk_set.select(task, present)
+    selection = disk_set.select(task, present, running=True)
     _refuse_shared(domain, (found for _, found in selection.included))
     backup_job.require_no_block_jobs(domain, (found.target for _, found in selection.included))
     if domains.has_iothreads(xml):

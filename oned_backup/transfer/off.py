@@ -43,7 +43,7 @@ def export_off(task: Task, source_dir: Path) -> Exports:
 def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     xml = domain.xml()
     clean.remove_files(task, domains.disks(xml))
-    selection = disk_set.select(task, domains.disks(xml))
+    selection = disk_set.select(task, domains.disks(xml), running=False)
     chains: dict[str, _Chain] = {}
     disks: list[Current] = []
     for entry, found in selection.included:
