@@ -77,6 +77,7 @@ def conclude_many(
     an error is raised in the end, of the kind of their errors if that is one.
     """
     failed: list[OnedBackupError] = []
+    skipped: list[str] = []
 
     @contextmanager
     def going_on(name: str) -> Iterator[None]:
@@ -85,6 +86,7 @@ def conclude_many(
         except OnedBackupError as error:
             if skip is not None and isinstance(error, skip):
                 warn(f"skipped: {error.message}")
+                skipped.append(name)
                 return
             complain(error.message if name in error.message else f"{name}: {error.message}", error.hint)
             failed.append(error)
@@ -107,7 +109,8 @@ def conclude_many(
     if failed:
         kinds = {type(error) for error in failed}
         kind = kinds.pop() if len(kinds) == 1 else OnedBackupError
-        raise kind(f"{len(failed)} of {len(begin)} failed", hint="See `oned-backup operation list --failed`.")
+        tried = len(begin) - len(skipped)
+        raise kind(f"{len(failed)} of {tried} failed", hint="See `oned-backup operation list --failed`.")
 
 
 def follow(client: Client, operation: JSON, *, quiet: bool = False, goes_on: bool = True) -> JSON:

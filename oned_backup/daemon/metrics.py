@@ -16,6 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from oned_backup import __version__
 from oned_backup.contract.exports import Reason
 from oned_backup.model.datastore import Datastore
+from oned_backup.model.vm import VmState
 from oned_backup.store import Operation, OperationState, Store
 
 _MIB = 1 << 20
@@ -110,7 +111,9 @@ class _Catalogue:
     def _vms(self) -> Iterable[Metric]:
         vms = self._store.rows("vm")
         found = self._store.points_of_vms()
-        info = [((str(vm["id"]), vm["name"], vm["host"]), 1) for vm in vms]
+        # One that is backed up no more must not raise an alarm for being backed up no more.
+        current = {vm["id"] for vm in vms if vm["state"] != VmState.DONE.name}
+        info = [((str(vm["id"]), vm["name"], vm["host"]), 1) for vm in vms if vm["id"] in current]
         yield _gauge("oned_backup_vm_info", "A VM's name and host.", ("vm_id", "name", "host"), info)
         for name, text, values in (
             ("restore_points", "Restore points.", {key: one.points for key, one in found.items()}),
@@ -118,7 +121,11 @@ class _Catalogue:
             (
                 "last_success_timestamp_seconds",
                 "When the newest good restore point was made.",
-                {key: one.last_good_at for key, one in found.items() if one.last_good_at is not None},
+                {
+                    key: one.last_good_at
+                    for key, one in found.items()
+                    if one.last_good_at is not None and key in current
+                },
             ),
             (
                 "last_proved_timestamp_seconds",
@@ -128,7 +135,7 @@ class _Catalogue:
             (
                 "last_backup_failed",
                 "1 if the last backup failed.",
-                {vm["id"]: int(bool(vm["error"])) for vm in vms},
+                {vm["id"]: int(bool(vm["error"])) for vm in vms if vm["id"] in current},
             ),
         ):
             yield _gauge(

@@ -20,7 +20,7 @@ from oned_backup.model.host import (
     without_vm,
 )
 from oned_backup.model.selection import configure
-from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config
+from oned_backup.model.vm import LcmState, Vm, VmState, new_vm, sync_domain, with_config, without_error
 from oned_backup.model.vm import with_state as with_vm_state
 from oned_backup.operations.caller import Caller, query_caller
 from oned_backup.operations.domains import DomainSummary, DomainView, list_domains, look_up_domains
@@ -127,9 +127,8 @@ def forget_vm(services: Services, vm_id: int) -> Vm:
 def _forget(tx: Transaction, vm: Vm) -> None:
     _refuse_busy(tx, vm)
     if tx.find("image", vm_id=vm.id):
-        tx.change(
-            "vm", vm.id, lambda element: with_vm_state(Vm(element), VmState.DONE, LcmState.INIT).element
-        )
+        done = with_vm_state(without_error(vm), VmState.DONE, LcmState.INIT)
+        tx.change("vm", vm.id, lambda _old: done.element)
     else:
         tx.delete("vm", vm.id)
 

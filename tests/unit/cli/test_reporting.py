@@ -128,6 +128,12 @@ def test_a_vm_that_is_gone_is_forgotten_and_its_backups_stay(stack: Stack, tmp_p
     assert gone.code == NotFound.exit_code
     assert "oned-backup vm forget 0" in gone.err
     assert "its backups stay (1 image)" in stack.ok("vm", "forget", "db").out
+    assert "FAILED" not in stack.ok("vm", "list").out
+    told = stack.ok("metrics").out
+    assert 'oned_backup_vm_restore_points{vm_id="0"}' in told
+    for name in ("info", "last_success_timestamp_seconds", "last_backup_failed"):
+        assert not re.search(rf'oned_backup_vm_{name}{{.*vm_id="0"', told)
+        assert re.search(rf'oned_backup_vm_{name}{{.*vm_id="1"', told)
     assert "VM 0" not in stack.ok("vm", "backup", "--all").err
     stack.ok("image", "restore", str(image), "--to", str(tmp_path / "restored"))
     definition.write_text(with_disk)
