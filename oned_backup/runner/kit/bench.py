@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import os
 import secrets
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +26,11 @@ from oned_backup.model.increments import Increment, IncrementType
 from oned_backup.places import default_state_dir
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
-from oned_backup.runner.kit.called import Called
+from oned_backup.runner.kit.called import Called, write_repeat
 from oned_backup.runner.kit.catalogue import Attempt, Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet
-from oned_backup.runner.kit.guest import KIB, MIB, Point, exported, make_points, raw_problem
+from oned_backup.runner.kit.example_guests import ExampleGuests
+from oned_backup.runner.kit.guest import MIB, Point, exported, raw_problem
 from oned_backup.runner.kit.settings import Settings
 from oned_backup.runner.process import Cancellation, Ending, Limits, run_process, start_process
 from oned_backup.ssh.command import CONFIG_VARIABLE
@@ -46,6 +46,7 @@ class Bench:
         self.driver = driver
         self.root = root
         self.settings = settings
+        self.guests = ExampleGuests(root)
         self.stream = "stream" in driver.manifest.features
         self.leaks: list[Called] = []
         self.chains: list[Chain] = []
@@ -90,106 +91,18 @@ class Bench:
         return store.own_path
 
     @cached_property
-    def points(self) -> tuple[Point, ...]:
-        """Three points of a guest with two disks of odd sizes; the second disk restarts at the third."""
-        size = 16 * MIB + 3 * 512
-        noise = self._noise(128 * KIB)
-        first = (
-            [
-                "write -P 17 0 1M",
-                f"write -P 34 {5 * MIB + 1536} 300k",
-                f"write -s {noise} 12M 128k",
-                f"write -P 51 {size - 2048} 2048",
-            ],
-            [
-                f"write -s {noise} 13M 64k",
-                "write -z 64k 128k",
-                "write -P 68 512k 64k",
-                "write -P 85 9M 100k",
-                "discard 5M 64k",
-            ],
-            ["write -P 102 70k 4k", f"write -P 119 {size - 512} 512", "write -P 136 512k 4k"],
-        )
-        second: tuple[list[str], ...] = (
-            ["write -P 153 0 1M", "write -P 170 1M 64k"],
-            [],
-            ["write -z 0 512k", "write -P 187 3M 64k"],
-        )
-        return make_points(self.root / "guest", [(size, first), (4 * MIB, second)], restarts=[(1, 2)])
-
-    @cached_property
-    def tiny(self) -> Point:
-        """A guest with one disk of 1 MiB."""
-        return make_points(self.root / "tiny", [(MIB, [["write -P 5 64k 128k"]])])[0]
-
-    @cached_property
-    def large(self) -> Point:
-        """A guest with one disk of 24 MiB that no store can make smaller."""
-        noise = self._noise(24 * MIB)
-        return make_points(self.root / "large", [(24 * MIB, [[f"write -s {noise} 0 24M"]])])[0]
-
-    @cached_property
-    def noise(self) -> Point:
-        """The same with 4 MiB."""
-        return make_points(self.root / "noise", [(4 * MIB, [[f"write -s {self._noise(4 * MIB)} 0 4M"]])])[0]
-
-    def _noise(self, size: int) -> Path:
-        """A file that no store can make smaller, so that there is something to damage in each."""
-        path = self.root / f"noise{size}"
-        if not path.exists():
-            path.write_bytes(secrets.token_bytes(size))
-        return path
-
-    @cached_property
-    def changing(self) -> tuple[Point, ...]:
-        """Four points of a guest whose disks also grow, come, go and are FULL inside an increment.
-
-        Zeros written in increments hide what lies beneath; one disk grows beyond a cluster that it
-        only had a part of.
-        """
-        size = 16 * MIB + 3 * 512
-        main: tuple[list[str], ...] = (
-            ["write -P 17 0 1M", f"write -P 34 {5 * MIB + 1536} 300k", f"write -P 51 {size - 2048} 2048"],
-            ["write -z 64k 128k", "write -P 68 512k 64k", "write -P 85 9M 100k", "discard 5M 64k"],
-            ["write -P 102 70k 4k", f"write -P 119 {size - 512} 512", "write -z 9M 64k"],
-            ["write -P 136 512k 4k", "write -z 0 64k"],
-        )
-        growing: tuple[list[str], ...] = (
-            ["write -P 153 0 1M", "write -P 160 4M 1536"],
-            [],
-            [f"grow {6 * MIB + 1024}", "write -P 170 5M 4k"],
-            ["write -P 171 5000k 1k"],
-        )
-        added = (None, ["write -P 4 0 64k"], ["write -P 5 128k 4k", "write -z 0 64k"], ["write -P 6 64k 4k"])
-        restarted = (
-            ["write -P 187 0 1M"],
-            ["write -P 188 256k 64k"],
-            ["write -z 0 512k", "write -P 189 3M 64k"],
-            ["write -P 190 3M 4k"],
-        )
-        removed = (["write -P 204 0 64k"], ["write -P 205 64k 64k"], None, None)
-        disks = [
-            (size, main),
-            (4 * MIB + 1536, growing),
-            (MIB, added),
-            (4 * MIB, restarted),
-            (MIB, removed),
-        ]
-        return make_points(self.root / "changing", disks, restarts=[(3, 2)])
-
-    @cached_property
     def changing_chain(self) -> Chain:
-        """A chain with all of `changing`, in a store of its own; whoever merges removes the result."""
+        """A chain with all of `guests.changing`, in a store of its own; whoever merges removes the result."""
         chain = self.new_chain(self.new_store())
-        for point in self.changing:
+        for point in self.guests.changing:
             self.must_backup(chain, point)
         return chain
 
     @cached_property
     def good_chain(self) -> Chain:
-        """A chain with all of `points`, for clauses that only read it."""
+        """A chain with all of `guests.points`, for clauses that only read it."""
         chain = self.new_chain(self.new_store())
-        for point in self.points:
+        for point in self.guests.points:
             self.must_backup(chain, point)
         return chain
 
@@ -369,7 +282,7 @@ class Bench:
         )
         variables = action_environment(self.driver, request, invocation, directory, limits)
         stdin = xmldoc.serialize(request.to_xml()).encode() if stdin is None else stdin
-        _write_repeat(directory, executable, variables, stdin)
+        write_repeat(directory, executable, variables, stdin)
         stderr = bytearray()
         with self._secrets_dir(values) as secrets_dir, self._work_dir() as work:
             on_start()
@@ -448,37 +361,6 @@ class Bench:
         directory.mkdir(mode=0o700)
         yield directory
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def tree(path: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Everything below a directory: mode, size, change time and content by relative name.
-
-    Directories without times: a lock that was there meanwhile is no change.
-    """
-    found = {}
-    for entry in sorted(path.rglob("*")):
-        status = entry.lstat()
-        content = entry.read_bytes() if entry.is_file() and not entry.is_symlink() else b""
-        name = os.fsdecode(entry.relative_to(path))
-        changed_ns = 0 if entry.is_dir() else status.st_mtime_ns
-        found[name] = (status.st_mode, 0 if entry.is_dir() else status.st_size, changed_ns, content)
-    return found
-
-
-def allocated_bytes(path: Path) -> int:
-    """What everything below a directory takes on its file system."""
-    return sum(entry.lstat().st_blocks * 512 for entry in path.rglob("*"))
-
-
-def _write_repeat(directory: Path, executable: Path, variables: Mapping[str, str], stdin: bytes) -> None:
-    (directory / "stdin.xml").write_bytes(stdin)
-    words = [f"{name}={value}" for name, value in sorted(variables.items())]
-    (directory / "repeat.sh").write_text(
-        "#!/bin/sh\n"
-        f"# Secrets that the kit was given are not in {directory}/secrets. NBD exports are gone by now.\n"
-        f'cd "$(mktemp -d)" && exec env -i {shlex.join(words)} {shlex.quote(str(executable))} '
-        f"< {shlex.quote(str(directory / 'stdin.xml'))}\n"
-    )
 
 
 def _ssh_environment(directory: Path, given: Path | None) -> dict[str, str]:

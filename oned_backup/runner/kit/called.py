@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +68,15 @@ class Called:
             return f"signal {-self.exit_code}"
         name = error_for_exit_code(self.exit_code).__name__ if self.exit_code else "success"
         return f"exit code {self.exit_code} ({name})"
+
+
+def write_repeat(directory: Path, executable: Path, variables: Mapping[str, str], stdin: bytes) -> None:
+    """Write the script that repeats a call, and its request, into the call's directory."""
+    (directory / "stdin.xml").write_bytes(stdin)
+    words = [f"{name}={value}" for name, value in sorted(variables.items())]
+    (directory / "repeat.sh").write_text(
+        "#!/bin/sh\n"
+        f"# Secrets that the kit was given are not in {directory}/secrets. NBD exports are gone by now.\n"
+        f'cd "$(mktemp -d)" && exec env -i {shlex.join(words)} {shlex.quote(str(executable))} '
+        f"< {shlex.quote(str(directory / 'stdin.xml'))}\n"
+    )

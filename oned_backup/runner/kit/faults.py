@@ -30,7 +30,7 @@ def unreachable(bench: Bench) -> None:
     if "block" in bench.settings.commands:
         with bench.settings.between("block", "unblock", chain.store):
             _all_unavailable(bench, chain, "a store that cannot be reached")
-        bench.check_restored(chain, 0, bench.points[0])
+        bench.check_restored(chain, 0, bench.guests.points[0])
         return
     if bench.settings.unreachable:
         elsewhere = replace(chain.store, parameters={**chain.store.parameters, **bench.settings.unreachable})
@@ -69,28 +69,28 @@ def full(bench: Bench) -> None:
         raise NotApplicable("needs root, and a store of the kit's own, to mount a small file system")
     chain = bench.new_chain(store)
     with small_file_system(store.own_path, 12):
-        bench.must_backup(chain, bench.tiny)
+        bench.must_backup(chain, bench.guests.tiny)
         bench.own_path(store)
         before = free_bytes(store.own_path)
         called = _does_not_fit(bench, store)
         lost = before - free_bytes(store.own_path)
         if lost > 256 * 1024:
             raise called.unmet(f"{lost} bytes of a backup that did not fit are left after backup_cancel")
-        bench.check_restored(chain, 0, bench.tiny)
+        bench.check_restored(chain, 0, bench.guests.tiny)
 
 
 def _full_elsewhere(bench: Bench, store: Store) -> None:
     chain = bench.new_chain(store)
-    bench.must_backup(chain, bench.tiny)
+    bench.must_backup(chain, bench.guests.tiny)
     with bench.settings.between("fill", "unfill", store):
         _does_not_fit(bench, store)
-        bench.check_restored(chain, 0, bench.tiny)
-    bench.must_backup(bench.new_chain(store), bench.large)
+        bench.check_restored(chain, 0, bench.guests.tiny)
+    bench.must_backup(bench.new_chain(store), bench.guests.large)
 
 
 def _does_not_fit(bench: Bench, store: Store) -> Called:
     """The call of a backup that is larger than what is free."""
-    attempt = bench.plan(bench.new_chain(store), bench.large)
+    attempt = bench.plan(bench.new_chain(store), bench.guests.large)
     called = bench.backup(attempt)
     called.require(NoSpace, "the answer of a full store")
     bench.find(attempt).require(NotFound, "the answer about a backup that did not fit")
@@ -106,13 +106,13 @@ def damaged(bench: Bench) -> None:
     chain = _own_chain(bench)
     path = bench.own_path(chain.store)
     old = set(filled_files(path))
-    bench.must_backup(chain, bench.points[1])
+    bench.must_backup(chain, bench.guests.points[1])
     for file in sorted(set(filled_files(path)) - old):
         with changed_byte(file):
             found = _restore_everything(bench, chain, f"one byte of {file} was changed", first=1)
             _verify_reports(bench, chain, file, "one byte was changed", found)
-            bench.check_restored(chain, 0, bench.points[0])
-    bench.check_restored(chain, 1, bench.points[1])
+            bench.check_restored(chain, 0, bench.guests.points[0])
+    bench.check_restored(chain, 1, bench.guests.points[1])
 
 
 @clause("DS-34", "a stored file that is cut short or missing is found, and never restored as if it were good")
@@ -120,7 +120,7 @@ def incomplete(bench: Bench) -> None:
     """The largest file of a full backup, which the increment after it needs too."""
     chain = _own_chain(bench)
     path = bench.own_path(chain.store)
-    bench.must_backup(chain, bench.points[1])
+    bench.must_backup(chain, bench.guests.points[1])
     file = max(filled_files(path), key=lambda f: f.stat().st_size)
     content = file.read_bytes()
     mode = file.stat().st_mode & 0o777
@@ -137,7 +137,7 @@ def incomplete(bench: Bench) -> None:
         finally:
             file.write_bytes(content)
             file.chmod(mode)
-    bench.check_restored(chain, 1, bench.points[1])
+    bench.check_restored(chain, 1, bench.guests.points[1])
 
 
 @clause("DS-35", "a wrong secret is PermissionDenied (77)")
@@ -160,9 +160,9 @@ def secrets_stay_secret(bench: Bench) -> None:
         raise NotApplicable("the driver has no secret parameter")
     chain = bench.new_chain(bench.new_store())
     with _watched_processes(list(bench.secrets.values())) as seen:
-        attempt = bench.must_backup(chain, bench.points[0])
-        bench.check_restored(chain, 0, bench.points[0])
-        bench.find(bench.plan(bench.new_chain(chain.store), bench.tiny))
+        attempt = bench.must_backup(chain, bench.guests.points[0])
+        bench.check_restored(chain, 0, bench.guests.points[0])
+        bench.find(bench.plan(bench.new_chain(chain.store), bench.guests.tiny))
     if seen:
         raise Unmet(f"a secret of backup {attempt.backup.id} was in {', '.join(sorted(seen))}")
     if bench.leaks:
@@ -172,7 +172,7 @@ def secrets_stay_secret(bench: Bench) -> None:
 def _own_chain(bench: Bench) -> Chain:
     """A chain with one backup, in a store that no other clause uses."""
     chain = bench.new_chain(bench.new_store())
-    bench.must_backup(chain, bench.points[0])
+    bench.must_backup(chain, bench.guests.points[0])
     return chain
 
 
@@ -183,7 +183,7 @@ def _all_unavailable(bench: Bench, chain: Chain, why: str, actions: tuple[str, .
         if bench.driver.supports(action):
             called = bench.read(action, chain, URL=url, FORMAT="raw", TARGET=bench.new_path())
             called.require(Unavailable, f"the answer about {why}")
-    bench.backup(bench.plan(chain, bench.points[1])).require(Unavailable, f"the answer of {why}")
+    bench.backup(bench.plan(chain, bench.guests.points[1])).require(Unavailable, f"the answer of {why}")
     bench.read("rm", chain).require(Unavailable, f"the answer of {why}")
 
 
@@ -216,7 +216,7 @@ def _restore_everything(bench: Bench, chain: Chain, damage: str, *, first: int =
             called = bench.read("download", chain, URL=stored.url, FORMAT="raw", TARGET=target)
             if called.exit_code != 0:
                 noticed.append(_honest(called, damage))
-            elif problem := raw_problem(target, bench.points[number].disks[stored.disk_id].reference):
+            elif problem := raw_problem(target, bench.guests.points[number].disks[stored.disk_id].reference):
                 raise called.unmet(f"{damage}: increment {number}, disk {stored.disk_id}: {problem}")
             target.unlink(missing_ok=True)
     return noticed

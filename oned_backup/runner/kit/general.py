@@ -123,7 +123,7 @@ def _hopeless(bench: Bench) -> Iterator[tuple[str, Request]]:
     kind = bench.driver.manifest.kind
     if kind is Kind.DATASTORE:
         chain = bench.good_chain
-        absent = bench.plan(bench.new_chain(chain.store), bench.tiny)
+        absent = bench.plan(bench.new_chain(chain.store), bench.guests.tiny)
         for action in ("ls", "stat", "restore", "download"):
             if bench.driver.supports(action):
                 options = {

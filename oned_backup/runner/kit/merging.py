@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from oned_backup.contract.documents import Catalogue, VerifyReport
-from oned_backup.contract.request import Backup
 from oned_backup.errors import DataCorrupt, DriverBug, NoSpace, NotFound, OnedBackupError
-from oned_backup.model.manifest import parse_manifest
-from oned_backup.model.names import checked_name
-from oned_backup.runner.kit.bench import Bench, tree
+from oned_backup.runner.kit import merges
+from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
-from oned_backup.runner.kit.catalogue import Attempt, Chain
+from oned_backup.runner.kit.catalogue import Chain
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.disturbances import (
     cancel_after,
@@ -29,6 +24,7 @@ from oned_backup.runner.kit.disturbances import (
     free_bytes,
     small_file_system,
 )
+from oned_backup.runner.kit.folders import tree
 from oned_backup.runner.kit.guest import MIB, Point, make_points
 from oned_backup.runner.process import Cancellation, Limits
 
@@ -38,65 +34,28 @@ _MOMENTS = (0.3, 0.6, 0.8, 0.95)
 _STATES = (1, 3, 6)
 #: files that are damaged in one place only
 _SMALL_BYTES = 64 * 1024
-_ACTION = "increment_flatten"
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """A merge of the backups from `first` to `last` (places in the chain), under an id chosen beforehand."""
-
-    attempt: Attempt
-    first: int
-    last: int
-
-    @property
-    def chain(self) -> Chain:
-        """The chain as it is before."""
-        return self.attempt.chain
-
-    @property
-    def ids(self) -> list[str]:
-        """What is merged."""
-        return [increment.source for increment in self.chain.increments[self.first : self.last + 1]]
-
-    @property
-    def supposed(self) -> Chain:
-        """The chain as if the merge were done, under the id that it was given."""
-        return self.switched(self.attempt.backup.id, 1)
-
-    def switched(self, backup_id: str, size_mb: int) -> Chain:
-        """The chain as the catalogue has it afterwards."""
-        before = self.chain.increments
-        merged = replace(
-            before[self.last],
-            parent_id=before[self.first].parent_id,
-            size_mb=size_mb,
-            source=backup_id,
-            type=before[self.first].type,
-        )
-        return replace(self.chain, increments=[*before[: self.first], merged, *before[self.last + 1 :]])
 
 
 @clause("DS-40", "merging the oldest backups keeps what is kept, byte for byte, in the old chain and the new")
 def merged_to_full(bench: Bench) -> None:
     """Of several disks, one grown meanwhile, one added, one removed, and one that was FULL again."""
-    chain, points = _chain(bench), bench.changing
-    with _merged(bench, chain, 0, 2) as (called, after):
+    chain, points = _chain(bench), bench.guests.changing
+    with merges.merged(bench, chain, 0, 2) as (called, after):
         for number in (2, 3):
-            _restores(bench, called, after, number, points[number])
+            merges.require_restores(bench, called, after, number, points[number])
         for number in (1, 3):
-            _restores(bench, called, chain, number, points[number])
-        _is_well(bench, called, after)
+            merges.require_restores(bench, called, chain, number, points[number])
+        merges.require_well(bench, called, after)
 
 
 @clause("DS-41", "an increment that is merged into the next leaves all others as they are")
 def merged_in_the_middle(bench: Bench) -> None:
     """Zeros in it must go on hiding what lies beneath, and what it does not say must show that."""
-    chain, points = _chain(bench), bench.changing
-    with _merged(bench, chain, 1, 2) as (called, after):
+    chain, points = _chain(bench), bench.guests.changing
+    with merges.merged(bench, chain, 1, 2) as (called, after):
         for number in (0, 2, 3):
-            _restores(bench, called, after, number, points[number])
-        _is_well(bench, called, after)
+            merges.require_restores(bench, called, after, number, points[number])
+        merges.require_well(bench, called, after)
 
 
 @clause(
@@ -105,21 +64,21 @@ def merged_in_the_middle(bench: Bench) -> None:
 def merged_again(bench: Bench) -> None:
     """The middle, then the oldest, then all; after each the replaced ones are removed."""
     chain = bench.new_chain(_chain(bench).store)
-    for point in bench.changing:
+    for point in bench.guests.changing:
         bench.must_backup(chain, point)
     for first, last in ((1, 2), (0, 1), (0, 1)):
-        merge = _plan(bench, chain, first, last)
+        merge = merges.plan(bench, chain, first, last)
         replaced = merge.ids
-        called = _call(bench, merge)
-        after = _switched(merge, called)
+        called = merges.call(bench, merge)
+        after = merges.switched(merge, called)
         removed = bench.read("rm", chain, BACKUP_IDS=",".join(replaced))
         if removed.exit_code != 0:
             raise removed.unmet(f"what was merged cannot be removed: {removed.ended_with}")
         chain.increments = after.increments
         for increment in chain.increments:
-            _restores(bench, called, chain, increment.id, bench.changing[increment.id])
-        _is_well(bench, called, chain)
-        _catalogue_has(bench, called, chain, absent=replaced)
+            merges.require_restores(bench, called, chain, increment.id, bench.guests.changing[increment.id])
+        merges.require_well(bench, called, chain)
+        merges.require_catalogue(bench, called, chain, absent=replaced)
 
 
 @clause("DS-43", "merging changes nothing in what it merges")
@@ -128,7 +87,7 @@ def inputs_are_untouched(bench: Bench) -> None:
     chain = _chain(bench)
     path = bench.own_path(chain.store)
     before = tree(path)
-    with _merged(bench, chain, 0, 1) as (called, _):
+    with merges.merged(bench, chain, 0, 1) as (called, _):
         after = tree(path)
         changed = [n for n, value in before.items() if not (path / n).is_dir() and after.get(n) != value]
         if changed:
@@ -140,25 +99,25 @@ def merged_twice(bench: Bench) -> None:
     """The daemon asks again if it does not know whether the first call got through."""
     chain = _chain(bench)
     path = chain.store.own_path
-    merge = _plan(bench, chain, 0, 1)
-    with _removed(bench, merge):
-        first = _call(bench, merge).answer()
+    merge = merges.plan(bench, chain, 0, 1)
+    with merges.removed(bench, merge):
+        first = merges.call(bench, merge).answer()
         before = tree(path) if path else {}
-        again = _call(bench, merge)
+        again = merges.call(bench, merge)
         if path and tree(path) != before:
             raise again.unmet(f"changed something in {path}")
         if any(first[key] != again.answer()[key] for key in ("BACKUP_ID", "SIZE_MB", "CHAIN")):
             raise again.unmet(f"answers otherwise than before: {first}")
-        _restores(bench, again, _switched(merge, again), 1, bench.changing[1])
+        merges.require_restores(bench, again, merges.switched(merge, again), 1, bench.guests.changing[1])
 
 
 @clause("DS-45", "a merge killed at any moment leaves nothing that looks finished, and a retry succeeds")
 def killed_merge(bench: Bench) -> None:
     """SIGKILL to the group; the old chain stays as it is, and every other time backup_cancel comes first."""
     chain = _chain(bench)
-    merge = _plan(bench, chain, 0, 2)
-    with _removed(bench, merge):
-        usual_s = _call(bench, merge).elapsed_s
+    merge = merges.plan(bench, chain, 0, 2)
+    with merges.removed(bench, merge):
+        usual_s = merges.call(bench, merge).elapsed_s
     path = chain.store.own_path
     triggers: list[tuple[str, Callable[[Cancellation], None]]] = []
     for share in _MOMENTS:
@@ -170,10 +129,10 @@ def killed_merge(bench: Bench) -> None:
             for n in _STATES
         ]
     for number, (moment, trigger) in enumerate(triggers):
-        merge = _plan(bench, chain, 0, 2)
-        with _removed(bench, merge):
+        merge = merges.plan(bench, chain, 0, 2)
+        with merges.removed(bench, merge):
             _judge_killed(bench, merge, moment, trigger, cancel_first=number % 2 == 0)
-    bench.check_restored(chain, 3, bench.changing[3])
+    bench.check_restored(chain, 3, bench.guests.changing[3])
 
 
 @clause("DS-46", "a merge that does not fit is NoSpace (73): no debris, and the chain restores")
@@ -209,13 +168,13 @@ def strangers_are_refused(bench: Bench) -> None:
     chain = _chain(bench)
     ids = [increment.source for increment in chain.increments]
     for wrong in ([ids[0], ids[2]], [ids[1], ids[0]], ids[:1], [ids[0], f"{ids[1]}x"], [ids[0], "../x"]):
-        merge = _plan(bench, chain, 0, 1)
-        called = _call(bench, merge, MERGE_IDS=",".join(wrong))
+        merge = merges.plan(bench, chain, 0, 1)
+        called = merges.call(bench, merge, MERGE_IDS=",".join(wrong))
         if called.exit_code in {0, DriverBug.exit_code} or b"Traceback" in called.stderr:
             raise called.unmet(
                 f"MERGE_IDS={','.join(wrong)} of the chain {','.join(ids)}: {called.ended_with}"
             )
-        _is_absent(bench, merge, "was refused")
+        merges.require_absent(bench, merge, "was refused")
 
 
 @clause("DS-48", "damage never gets into a merged backup (65)")
@@ -223,14 +182,14 @@ def damage_is_not_merged(bench: Bench) -> None:
     """One byte of each file of an increment is changed: the merge fails, or does without it."""
     _chain(bench)
     chain = bench.new_chain(bench.new_store())
-    bench.must_backup(chain, bench.points[0])
+    bench.must_backup(chain, bench.guests.points[0])
     path = bench.own_path(chain.store)
     old = set(filled_files(path))
-    bench.must_backup(chain, bench.points[1])
+    bench.must_backup(chain, bench.guests.points[1])
     for file in sorted(set(filled_files(path)) - old):
         for share in (0.5, 0.99) if file.stat().st_size > _SMALL_BYTES else (0.5,):
             _merge_damaged(bench, chain, file, share)
-    bench.check_restored(chain, 1, bench.points[1])
+    bench.check_restored(chain, 1, bench.guests.points[1])
 
 
 @clause("DS-49", "what is being merged can be restored meanwhile")
@@ -241,7 +200,7 @@ def restored_meanwhile(bench: Bench) -> None:
     begun, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        point = Point(bench.changing[3].disks[:1])
+        point = Point(bench.guests.changing[3].disks[:1])
         try:
             while not done.is_set():
                 begun.set()
@@ -256,8 +215,8 @@ def restored_meanwhile(bench: Bench) -> None:
     try:
         begun.wait()
         for first in (0, 1):
-            with _merged(bench, chain, first, first + 2) as (called, after):
-                _restores(bench, called, after, 3, bench.changing[3])
+            with merges.merged(bench, chain, first, first + 2) as (called, after):
+                merges.require_restores(bench, called, after, 3, bench.guests.changing[3])
     finally:
         done.set()
         reader.join()
@@ -267,115 +226,14 @@ def restored_meanwhile(bench: Bench) -> None:
 
 def _chain(bench: Bench) -> Chain:
     """The chain of the guest whose disks change; `NotApplicable` for a driver that cannot merge."""
-    if not bench.driver.supports(_ACTION):
-        raise NotApplicable(f"the driver has no action {_ACTION}")
+    if not bench.driver.supports(merges.ACTION):
+        raise NotApplicable(f"the driver has no action {merges.ACTION}")
     return bench.changing_chain
-
-
-def _plan(bench: Bench, chain: Chain, first: int, last: int) -> _Merge:
-    newest = chain.increments[last]
-    planned = bench.plan(chain, bench.tiny).backup
-    backup = Backup(
-        id=planned.id,
-        chain_id=planned.chain_id,
-        increment_id=newest.id,
-        date=newest.date,
-        parent_id=chain.increments[first - 1].source if first else "",
-    )
-    return _Merge(Attempt(chain, bench.tiny, backup), first, last)
-
-
-def _call(
-    bench: Bench,
-    merge: _Merge,
-    *,
-    limits: Limits | None = None,
-    cancellation: Cancellation | None = None,
-    on_start: Callable[[], None] = lambda: None,
-    **options: str,
-) -> Called:
-    given: Mapping[str, str] = {"MERGE_IDS": ",".join(merge.ids), **options}
-    request = bench.request_for(merge.chain.store, _ACTION, attempt=merge.attempt, options=given)
-    return bench.call(_ACTION, request, limits=limits, cancellation=cancellation, on_start=on_start)
-
-
-def _switched(merge: _Merge, called: Called) -> Chain:
-    """The chain after a merge; `Unmet` if the answer is not what it must be."""
-    answer = called.answer()
-    if not answer["SIZE_MB"].isdecimal():
-        raise called.unmet(f"SIZE_MB={answer['SIZE_MB']!r} is not a whole number")
-    try:
-        backup_id = checked_name(answer["BACKUP_ID"], "BACKUP_ID")
-        manifest = parse_manifest(answer["MANIFEST"], what="MANIFEST") if "MANIFEST" in answer else None
-    except OnedBackupError as error:
-        raise called.unmet(error.message) from error
-    after = merge.switched(backup_id, int(answer["SIZE_MB"]))
-    wanted = ",".join(f"{increment.id}:{increment.source}" for increment in after.increments)
-    if answer["CHAIN"] != wanted:
-        raise called.unmet(f"CHAIN={answer['CHAIN']}, but the chain is {wanted} afterwards")
-    if manifest is not None:
-        replaced = [name for name in manifest.replaces if name in merge.ids]
-        if replaced != merge.ids or not manifest.stands_for or manifest.stands_for[-1] != merge.ids[-1]:
-            raise called.unmet(
-                f"MANIFEST replaces {', '.join(manifest.replaces)} and stands for "
-                f"{', '.join(manifest.stands_for) or 'nothing'}, but {', '.join(merge.ids)} were merged"
-            )
-    return after
-
-
-@contextlib.contextmanager
-def _merged(bench: Bench, chain: Chain, first: int, last: int) -> Iterator[tuple[Called, Chain]]:
-    """A merge that succeeds, and the chain afterwards; its result is removed in the end."""
-    merge = _plan(bench, chain, first, last)
-    with _removed(bench, merge):
-        called = _call(bench, merge)
-        yield called, _switched(merge, called)
-
-
-@contextlib.contextmanager
-def _removed(bench: Bench, merge: _Merge) -> Iterator[None]:
-    """Whatever the merge published is removed in the end."""
-    yield
-    backup_id = merge.attempt.backup.id
-    called = bench.read("rm", merge.chain, BACKUP_IDS=backup_id)
-    if called.exit_code != 0:
-        raise called.unmet(f"a merged backup that nothing continues cannot be removed: {called.ended_with}")
-
-
-def _is_absent(bench: Bench, merge: _Merge, what: str) -> None:
-    newest = merge.chain.increments[merge.last].id
-    found = bench.read("ls", merge.supposed, INCREMENT_ID=newest)
-    found.require(NotFound, f"the answer about a merge that {what}")
-
-
-def _restores(bench: Bench, called: Called, chain: Chain, increment_id: int, point: Point) -> None:
-    try:
-        bench.check_restored(chain, increment_id, point)
-    except Unmet as unmet:
-        raise called.unmet(f"afterwards: {unmet}") from unmet
-
-
-def _is_well(bench: Bench, called: Called, chain: Chain) -> None:
-    if not bench.driver.supports("verify"):
-        return
-    report = VerifyReport.from_xml(bench.read("verify", chain).element("REPORT"))
-    if any(backup.failures for backup in report.backups):
-        raise called.unmet("verify finds damage afterwards")
-
-
-def _catalogue_has(bench: Bench, called: Called, chain: Chain, *, absent: list[str]) -> None:
-    if not bench.driver.supports("catalogue"):
-        return
-    found = Catalogue.from_xml(bench.read("catalogue", chain).element("CATALOGUE"))
-    ids = {parse_manifest(text).id for text in found.manifests}
-    missing = {increment.source for increment in chain.increments} - ids
-    if missing or ids & set(absent):
-        raise called.unmet(f"catalogue lacks {sorted(missing)}, and has {sorted(ids & set(absent))}")
 
 
 def _judge_killed(
     bench: Bench,
-    merge: _Merge,
+    merge: merges.Merge,
     moment: str,
     trigger: Callable[[Cancellation], None],
     *,
@@ -384,14 +242,14 @@ def _judge_killed(
     cancellation = Cancellation()
     thread = threading.Thread(target=trigger, args=(cancellation,))
     limits = Limits(bench.settings.timeout_s, grace_s=0, stop_signal=signal.SIGKILL)
-    called = _call(bench, merge, limits=limits, cancellation=cancellation, on_start=thread.start)
+    called = merges.call(bench, merge, limits=limits, cancellation=cancellation, on_start=thread.start)
     cancellation.cancel()
     thread.join()
     after = merge.supposed
     found = bench.read("ls", after, INCREMENT_ID=2)
     if found.exit_code == 0:
         try:
-            bench.check_restored(after, 2, bench.changing[2])
+            bench.check_restored(after, 2, bench.guests.changing[2])
         except Unmet as unmet:
             raise called.unmet(f"{moment}: left a backup that looks finished, but: {unmet}") from unmet
     else:
@@ -400,22 +258,22 @@ def _judge_killed(
             cancelled = bench.cancel_backup(merge.attempt)
             if cancelled.exit_code != 0:
                 raise cancelled.unmet(f"after a merge that was ended ({moment}): {cancelled.ended_with}")
-    retried = _call(bench, merge)
+    retried = merges.call(bench, merge)
     if retried.exit_code != 0:
         raise retried.unmet(f"the retry of a merge that was ended ({moment}) failed: {retried.ended_with}")
-    _restores(bench, retried, _switched(merge, retried), 2, bench.changing[2])
+    merges.require_restores(bench, retried, merges.switched(merge, retried), 2, bench.guests.changing[2])
 
 
 def _merge_damaged(bench: Bench, chain: Chain, file: Path, share: float) -> None:
-    merge = _plan(bench, chain, 0, 1)
-    with _removed(bench, merge):
+    merge = merges.plan(bench, chain, 0, 1)
+    with merges.removed(bench, merge):
         with changed_byte(file, share):
-            called = _call(bench, merge)
+            called = merges.call(bench, merge)
             if called.exit_code != 0:
                 called.require(DataCorrupt, f"the answer when one byte of {file} was changed")
-                _is_absent(bench, merge, "failed")
+                merges.require_absent(bench, merge, "failed")
         if called.exit_code == 0:
-            _restores(bench, called, _switched(merge, called), 1, bench.points[1])
+            merges.require_restores(bench, called, merges.switched(merge, called), 1, bench.guests.points[1])
 
 
 def _noise(bench: Bench) -> tuple[Point, ...]:
@@ -430,16 +288,16 @@ def _noise(bench: Bench) -> tuple[Point, ...]:
 
 def _is_full(bench: Bench, chain: Chain, points: tuple[Point, ...]) -> Called:
     """The call of a merge for which there is no room; a store that keeps nothing twice may have it."""
-    merge = _plan(bench, chain, 0, 1)
-    called = _call(bench, merge)
+    merge = merges.plan(bench, chain, 0, 1)
+    called = merges.call(bench, merge)
     if called.exit_code == 0:
-        _restores(bench, called, _switched(merge, called), 1, points[1])
+        merges.require_restores(bench, called, merges.switched(merge, called), 1, points[1])
         return called
     called.require(NoSpace, "the answer of a full store")
-    _is_absent(bench, merge, "did not fit")
+    merges.require_absent(bench, merge, "did not fit")
     cancelled = bench.cancel_backup(merge.attempt)
     if cancelled.exit_code != 0:
         raise cancelled.unmet(f"after a merge that did not fit: {cancelled.ended_with}")
     for number, point in enumerate(points):
-        _restores(bench, called, chain, number, point)
+        merges.require_restores(bench, called, chain, number, point)
     return called

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from oned_backup.errors import DriverBug, NotFound
-from oned_backup.runner.kit.bench import Bench, tree
+from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Attempt, Chain, Store
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
 from oned_backup.runner.kit.disturbances import cancel_after, cancel_at_state, filled_files
+from oned_backup.runner.kit.folders import tree
 from oned_backup.runner.process import Cancellation, Limits
 
 #: the daemon's patience after TERM (2.7 of the specification)
@@ -49,26 +50,26 @@ _ODD_IDS = (
 def same_id_twice(bench: Bench) -> None:
     """The daemon asks again if it does not know whether the first call got through."""
     chain = bench.new_chain(bench.new_store())
-    attempt = bench.plan(chain, bench.points[0])
+    attempt = bench.plan(chain, bench.guests.points[0])
     first = bench.backup(attempt)
     again = bench.backup(attempt)
     one, two = first.answer(), again.answer()
     if any(one[key] != two[key] for key in ("BACKUP_ID", "SIZE_MB", "FORMAT")):
         raise again.unmet(f"answers {two}, and answered {one} before")
     bench.record(attempt, again)
-    bench.check_restored(chain, 0, bench.points[0])
+    bench.check_restored(chain, 0, bench.guests.points[0])
 
 
 @clause("DS-21", "rm removes, and removing what is absent succeeds")
 def remove_twice(bench: Bench) -> None:
     """Afterwards the backup is positively absent."""
     store = bench.new_store()
-    bench.must_backup(bench.new_chain(store), bench.tiny)
-    attempt = bench.must_backup(bench.new_chain(store), bench.tiny)
+    bench.must_backup(bench.new_chain(store), bench.guests.tiny)
+    attempt = bench.must_backup(bench.new_chain(store), bench.guests.tiny)
     for _ in range(2):
         bench.read("rm", attempt.chain).answer()
         bench.read("ls", attempt.chain).require(NotFound, "the answer about a removed backup")
-    never = bench.plan(bench.new_chain(store), bench.tiny)
+    never = bench.plan(bench.new_chain(store), bench.guests.tiny)
     bench.read("rm", never.supposed).answer()
 
 
@@ -77,14 +78,14 @@ def remove_exactly(bench: Bench) -> None:
     """The newest increment goes by BACKUP_IDS, then another VM's chain; the rest restores as before."""
     store = bench.new_store()
     chain, other = bench.new_chain(store), bench.new_chain(store)
-    for point in bench.points:
+    for point in bench.guests.points:
         bench.must_backup(chain, point)
-    bench.must_backup(other, bench.tiny)
+    bench.must_backup(other, bench.guests.tiny)
     bench.read("rm", chain, BACKUP_IDS=chain.increments.pop().source).answer()
-    bench.check_restored(chain, 1, bench.points[1])
+    bench.check_restored(chain, 1, bench.guests.points[1])
     bench.read("rm", other).answer()
     for number in (0, 1):
-        bench.check_restored(chain, number, bench.points[number])
+        bench.check_restored(chain, number, bench.guests.points[number])
 
 
 @clause("DS-23", "backup_cancel removes an unfinished backup, may be repeated, and spares finished ones")
@@ -92,7 +93,7 @@ def cancel(bench: Bench) -> None:
     """A killed backup is cancelled twice; one that never began and one that is finished, once."""
     store = bench.new_store()
     chain = bench.new_chain(store)
-    finished = bench.must_backup(chain, bench.tiny)
+    finished = bench.must_backup(chain, bench.guests.tiny)
     before, size = _names(store.own_path), _stored_bytes(store.own_path)
     attempt = _killed_in_the_middle(bench, store)
     for _ in range(2):
@@ -104,10 +105,10 @@ def cancel(bench: Bench) -> None:
     if left:
         raise bench.cancel_backup(attempt).unmet(f"left in {store.own_path}: {', '.join(sorted(left)[:5])}")
     bench.record(attempt, bench.backup(attempt))
-    bench.check_restored(attempt.chain, 0, bench.points[0])
-    _succeeds(bench.cancel_backup(bench.plan(bench.new_chain(store), bench.tiny)))
+    bench.check_restored(attempt.chain, 0, bench.guests.points[0])
+    _succeeds(bench.cancel_backup(bench.plan(bench.new_chain(store), bench.guests.tiny)))
     _succeeds(bench.cancel_backup(finished))
-    bench.check_restored(chain, 0, bench.tiny)
+    bench.check_restored(chain, 0, bench.guests.tiny)
 
 
 @clause("DS-24", "a backup killed at any moment leaves nothing that looks finished, and a retry succeeds")
@@ -127,13 +128,13 @@ def odd_ids(bench: Bench) -> None:
     """Ids that climb, that a shell would interpret, or that look like options; the same for rm."""
     store = bench.new_store()
     chain = bench.new_chain(store)
-    bench.must_backup(chain, bench.tiny)
+    bench.must_backup(chain, bench.guests.tiny)
     outside = bench.root if store.own_path is None else store.own_path.parent
     (outside / "escaped").mkdir(exist_ok=True)
     (outside / "escaped" / "canary").write_text("must live")
     before = _outside(outside, store.own_path)
     for odd in _ODD_IDS:
-        attempt = bench.plan(bench.new_chain(store), bench.tiny, backup_id=odd)
+        attempt = bench.plan(bench.new_chain(store), bench.guests.tiny, backup_id=odd)
         refused = [
             bench.backup(attempt),
             bench.cancel_backup(attempt),
@@ -144,14 +145,14 @@ def odd_ids(bench: Bench) -> None:
                 raise called.unmet(f"the id {odd!r} led to {called.ended_with}")
             if _outside(outside, store.own_path) != before:
                 raise called.unmet(f"the id {odd!r} changed something in {outside}, outside BASE_PATH")
-    bench.check_restored(chain, 0, bench.tiny)
+    bench.check_restored(chain, 0, bench.guests.tiny)
 
 
 @clause("DS-27", "what is positively absent is NotFound (66)")
 def absent(bench: Bench) -> None:
     """A backup that never was, in a store that has others; a disk and an increment that are not there."""
     chain = bench.good_chain
-    attempt = bench.plan(bench.new_chain(chain.store), bench.tiny)
+    attempt = bench.plan(bench.new_chain(chain.store), bench.guests.tiny)
     why = "the answer about an absent backup"
     for action in ("ls", "stat", "restore"):
         bench.find(attempt, action).require(NotFound, why)
@@ -167,14 +168,14 @@ def absent(bench: Bench) -> None:
 def source_fails(bench: Bench) -> None:
     """The export is gone before it was read: a failure, and nothing that looks finished."""
     chain = bench.new_chain(bench.new_store())
-    bench.must_backup(chain, bench.tiny)
-    attempt = bench.plan(bench.new_chain(chain.store), bench.points[0])
+    bench.must_backup(chain, bench.guests.tiny)
+    attempt = bench.plan(bench.new_chain(chain.store), bench.guests.points[0])
     called = bench.backup(attempt, source_is_gone=True)
     if called.exit_code in {0, DriverBug.exit_code}:
         raise called.unmet(f"ended with {called.ended_with} although a disk could not be read")
     bench.find(attempt).require(NotFound, "the answer about a backup that failed")
     bench.record(attempt, bench.backup(attempt))
-    bench.check_restored(attempt.chain, 0, bench.points[0])
+    bench.check_restored(attempt.chain, 0, bench.guests.points[0])
 
 
 def _end_at_moments(bench: Bench, limits: Limits, name: str) -> None:
@@ -193,12 +194,12 @@ def _end_at_moments(bench: Bench, limits: Limits, name: str) -> None:
             for n in _STATES
         ]
     for number, (moment, trigger) in enumerate(triggers):
-        attempt = bench.plan(bench.new_chain(store), bench.points[0])
+        attempt = bench.plan(bench.new_chain(store), bench.guests.points[0])
         called = _ended(bench, attempt, limits, trigger)
         if name == "TERM" and called.exit_code == -signal.SIGKILL:
             raise called.unmet(f"{moment}: was still running {_GRACE_S:g} s later")
         _judge_leftovers(bench, attempt, called, moment, cancel_first=number % 2 == 0)
-    bench.check_restored(chain, 0, bench.points[0])
+    bench.check_restored(chain, 0, bench.guests.points[0])
 
 
 def _judge_leftovers(
@@ -241,7 +242,7 @@ def _killed_in_the_middle(bench: Bench, store: Store) -> Attempt:
     path = store.own_path
     usual_s = 0.0 if path else _timed_backup(bench, bench.new_chain(store))
     for number in (3, 2, 1):
-        attempt = bench.plan(bench.new_chain(store), bench.points[0])
+        attempt = bench.plan(bench.new_chain(store), bench.guests.points[0])
         trigger = (
             partial(cancel_at_state, path=path, number=number)
             if path
@@ -255,7 +256,7 @@ def _killed_in_the_middle(bench: Bench, store: Store) -> Attempt:
 
 
 def _timed_backup(bench: Bench, chain: Chain) -> float:
-    attempt = bench.plan(chain, bench.points[0])
+    attempt = bench.plan(chain, bench.guests.points[0])
     called = bench.backup(attempt)
     bench.record(attempt, called)
     return called.elapsed_s

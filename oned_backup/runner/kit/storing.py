@@ -10,10 +10,11 @@ from oned_backup.contract.url import parse_url
 from oned_backup.errors import DataCorrupt, DriverBug, InvalidInput, OnedBackupError
 from oned_backup.model.manifest import parse_manifest
 from oned_backup.model.names import checked_name
-from oned_backup.runner.kit.bench import Bench, allocated_bytes, tree
+from oned_backup.runner.kit.bench import Bench
 from oned_backup.runner.kit.called import Called
 from oned_backup.runner.kit.catalogue import Chain
 from oned_backup.runner.kit.clause import NotApplicable, Unmet, clause
+from oned_backup.runner.kit.folders import allocated_bytes, tree
 from oned_backup.runner.kit.guest import (
     MIB,
     SMALL_FILES,
@@ -31,7 +32,7 @@ def backup_answers(bench: Bench) -> None:
     """A MANIFEST is optional, but must be one. Of 4 MB that cannot be made smaller, all is stored."""
     store = bench.new_store()
     chain = bench.new_chain(store)
-    attempt = bench.plan(chain, bench.points[0])
+    attempt = bench.plan(chain, bench.guests.points[0])
     called = bench.backup(attempt)
     answer = called.answer()
     bench.record(attempt, called)
@@ -46,7 +47,7 @@ def backup_answers(bench: Bench) -> None:
         raise called.unmet(f"SIZE_MB={answer['SIZE_MB']} for a guest of 20 MB that holds 3 MB")
     if answer["FORMAT"] not in {"raw", "qcow2"}:
         raise called.unmet(f"FORMAT={answer['FORMAT']} is neither raw nor qcow2")
-    attempt = bench.plan(bench.new_chain(store), bench.noise)
+    attempt = bench.plan(bench.new_chain(store), bench.guests.noise)
     called = bench.backup(attempt)
     bench.record(attempt, called)
     if (stored := attempt.chain.increments[0].size_mb) < 4:
@@ -57,14 +58,14 @@ def backup_answers(bench: Bench) -> None:
 def full_restores(bench: Bench) -> None:
     """FORMAT raw to a new file."""
     chain = bench.new_chain(bench.new_store())
-    bench.must_backup(chain, bench.points[0])
-    bench.check_restored(chain, 0, bench.points[0])
+    bench.must_backup(chain, bench.guests.points[0])
+    bench.check_restored(chain, 0, bench.guests.points[0])
 
 
 @clause("DS-03", "every increment of a chain restores to the bytes of its moment")
 def increments_restore(bench: Bench) -> None:
     """Zeroed and discarded ranges, a disk without changes, and one that is FULL inside an increment."""
-    for number, point in enumerate(bench.points):
+    for number, point in enumerate(bench.guests.points):
         bench.check_restored(bench.good_chain, number, point)
 
 
@@ -73,7 +74,7 @@ def other_targets(bench: Bench) -> None:
     """The qcow2 image is clean by qemu-img check and identical by qemu-img compare."""
     chain = bench.good_chain
     listed = bench.disks(chain)
-    for disk in bench.points[-1].disks:
+    for disk in bench.guests.points[-1].disks:
         url = _listed(listed, disk).url
         target = bench.new_path()
         called = bench.read("download", chain, URL=url, FORMAT="raw", stdout_to=target)
@@ -95,7 +96,7 @@ def other_targets(bench: Bench) -> None:
 def over_existing(bench: Bench) -> None:
     """The file has the disk's size and is full of other bytes."""
     chain = bench.good_chain
-    disk = bench.points[-1].disks[0]
+    disk = bench.guests.points[-1].disks[0]
     target = bench.new_path()
     target.write_bytes(b"\xee" * disk.size_bytes)
     called = bench.read(
@@ -156,14 +157,14 @@ def plan_is_complete(bench: Bench) -> None:
             raise called.unmet(f"PLAN lacks {name}")
         if plan.file(name) != content:
             raise called.unmet(f"PLAN: {name} is not what was backed up: {plan.file(name)!r:.300}")
-    _check_disks(called, plan.disks, bench.points[-1], bench.good_chain)
+    _check_disks(called, plan.disks, bench.guests.points[-1], bench.good_chain)
 
 
 @clause("DS-10", "ls and restore obey INCREMENT_ID and DISK_ID, and their URLs are well-formed")
 def one_of_many(bench: Bench) -> None:
     """The URL names the disk, the datastore and the VM, and download takes it."""
     chain = bench.good_chain
-    for number, point in enumerate(bench.points):
+    for number, point in enumerate(bench.guests.points):
         called = bench.read("restore", chain, INCREMENT_ID=number)
         plan = _plan(called)
         if plan.increment_id != number:
@@ -209,7 +210,7 @@ def reading_is_reading(bench: Bench) -> None:
     """Names, modes, change times and contents are the same afterwards."""
     chain = bench.good_chain
     path = bench.own_path(chain.store)
-    url = _listed(bench.disks(chain), bench.points[-1].disks[0]).url
+    url = _listed(bench.disks(chain), bench.guests.points[-1].disks[0]).url
     for action in ("ls", "stat", "restore", "monitor", "download", "verify", "catalogue"):
         if bench.driver.supports(action):
             before = tree(path)
@@ -259,7 +260,7 @@ def catalogue_is_complete(bench: Bench) -> None:
 def side_by_side(bench: Bench) -> None:
     """Two at once into one store."""
     store = bench.new_store()
-    attempts = [bench.plan(bench.new_chain(store), bench.points[0]) for _ in range(2)]
+    attempts = [bench.plan(bench.new_chain(store), bench.guests.points[0]) for _ in range(2)]
     called: dict[int, Called] = {}
     threads = [
         threading.Thread(target=lambda number=number: called.update({number: bench.backup(attempts[number])}))
@@ -280,7 +281,7 @@ def side_by_side(bench: Bench) -> None:
 def reader_goes_away(bench: Bench) -> None:
     """As with `download URL - | head`."""
     chain = bench.good_chain
-    url = _listed(bench.disks(chain), bench.points[-1].disks[0]).url
+    url = _listed(bench.disks(chain), bench.guests.points[-1].disks[0]).url
     read_fd, write_fd = os.pipe()
     with os.fdopen(read_fd, "rb", buffering=0) as reader, os.fdopen(write_fd, "wb") as writer:
 
@@ -306,7 +307,7 @@ def into_an_export(bench: Bench) -> None:
     if "nbd" not in bench.driver.manifest.features:
         raise NotApplicable("the driver does not promise the feature nbd")
     chain = bench.good_chain
-    disk = bench.points[-1].disks[0]
+    disk = bench.guests.points[-1].disks[0]
     image = bench.new_path()
     image.write_bytes(b"\xee" * disk.size_bytes)
     url = _listed(bench.disks(chain), disk).url
