@@ -17,8 +17,7 @@ from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput
 from oned_backup.model.backup_config import OWN, BackupConfig, imported_config
 from oned_backup.model.described_domain import described_domain, has_agent_channel
-from oned_backup.model.disk import Disk as Disk  # noqa: PLC0414 - a VM's disks, for its readers
-from oned_backup.model.disk import disk_from_element, disk_to_element, domain_disks, with_ids
+from oned_backup.model.disk import Disk, disk_from_element, disk_to_element, domain_disks, with_ids
 from oned_backup.model.document import (
     ADMINISTRATOR,
     Document,

@@ -154,7 +154,7 @@ def require_well(bench: Bench, called: Called, chain: Chain) -> None:
 
 
 def require_catalogue(bench: Bench, called: Called, chain: Chain, *, absent: list[str]) -> None:
-    """`Unmet` if the driver has a catalogue that lacks one of the chain, or has one that is to be `absent`."""
+    """`Unmet` if the driver has a catalogue that lacks one of the chain, or has one of `absent`."""
     if not bench.driver.supports("catalogue"):
         return
     found = Catalogue.from_xml(bench.read("catalogue", chain).element("CATALOGUE"))
