@@ -32,6 +32,8 @@ from oned_backup.runner.process import Limits
 
 #: where drivers find programs
 DRIVER_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: of the daemon's own; a user's libvirt (qemu:///session) is found by the second
+_PASSED_ON = (failpoints.VARIABLE, "XDG_RUNTIME_DIR")
 #: Linux takes 128 KiB for one variable (MAX_ARG_STRLEN)
 _MAX_VALUE_BYTES = 64 * 1024
 
@@ -96,7 +98,7 @@ def base_environment() -> dict[str, str]:
         "HOME": os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir,
         "LC_ALL": "C.UTF-8",
         "ODB_SPEC": str(SPEC_VERSION),
-    } | {name: os.environ[name] for name in (failpoints.VARIABLE,) if name in os.environ}
+    } | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def _of_backup(backup: Backup) -> dict[str, str]:

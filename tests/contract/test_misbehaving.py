@@ -148,7 +148,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) -> None:
+def test_result_and_surroundings(
+    bench: Callable[[str], Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     b = bench(
         shell(
             'test "$(pwd)" != / && test "$(stat -c %a .)" = 700 || exit 1\n'
@@ -160,7 +162,8 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
             f"printf '{GOOD}UNKNOWN=1\\nnonsense\\n'"
         )
     )
-    os.environ["ODD_LEAK"] = "must not be seen"
+    monkeypatch.setenv("ODD_LEAK", "must not be seen")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     request = Request(
         Kind.DATASTORE,
         "op-0123456789ab",
@@ -176,10 +179,7 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
     invocation = Invocation(
         b.root, source_dir=tmp_path, secrets={"PASSWORD": "pass word"}, environment={"ODB_EXTRA": "1"}
     )
-    try:
-        result = b.run(request=request, invocation=invocation)
-    finally:
-        del os.environ["ODD_LEAK"]
+    result = b.run(request=request, invocation=invocation)
     assert result == {"TOTAL_MB": "30", "USED_MB": "10", "FREE_MB": "20"}
     environment = dict(
         line.partition("=")[::2] for line in (tmp_path / "environment").read_text().splitlines()
@@ -191,6 +191,7 @@ def test_result_and_surroundings(bench: Callable[[str], Bench], tmp_path: Path) 
     environment.pop("HOME")
     assert {k: v for k, v in environment.items() if k not in {"PWD", "OLDPWD", "_", "SHLVL"}} == {
         "LC_ALL": "C.UTF-8",
+        "XDG_RUNTIME_DIR": "/run/user/1000",
         "ODB_SPEC": "1",
         "ODB_OPERATION_ID": "op-0123456789ab",
         "ODB_BACKUP_ID": "20261121-023700-1f2e3d",
