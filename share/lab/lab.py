@@ -22,9 +22,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +32,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import libvirt
 import libvirt_qemu
+from waiting import LabError, wait_for
 
 if TYPE_CHECKING:
     from netlab import Machine
@@ -42,22 +42,6 @@ CACHE = HERE.parents[1] / "build" / "lab"
 
 _PREFIX = "odb-lab-"
 _KERNEL_ARGUMENTS = "console=ttyS0 root=/dev/vda2 quiet panic=5"
-
-
-class LabError(RuntimeError):
-    """The lab did not do what it was told, within its time."""
-
-
-def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """The first true value that `condition` gives; `LabError` names `what` did not come."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise LabError(f"no {what} within {timeout_s:g} s")
-        time.sleep(0.05)
 
 
 def guest_image() -> Path:

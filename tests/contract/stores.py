@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from waiting import wait_for
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
@@ -84,11 +85,8 @@ class Disk:
                 ]
             )
             try:
-                deadline = time.monotonic() + 20
-                while not socket.exists():
-                    assert process.poll() is None, "qemu-nbd ended at once"
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+                wait_for("socket", lambda: socket.exists() or process.poll() is not None, every_s=0.01)
+                assert process.poll() is None, "qemu-nbd ended at once"
                 yield str(socket)
             finally:
                 process.terminate()

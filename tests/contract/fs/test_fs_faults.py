@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
@@ -36,11 +37,9 @@ MOMENTS = [
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 30 s for {what}"
-        time.sleep(0.0005)
+def seen(what, condition):
+    """Wait for what is there for a moment only."""
+    wait_for(what, condition, 30, every_s=0.0005)
 
 
 @pytest.fixture
@@ -100,9 +99,9 @@ def test_a_driver_that_is_killed_leaves_nothing_that_looks_finished(store, large
         exports = lab.exports_of(lab.export(large, socket))
         process, stdout = start(store, exports)
         if isinstance(moment, str):
-            wait_for(lambda: not moment or any(store.base.glob(moment)) or process.poll() is not None, moment)
+            seen(moment, lambda: not moment or any(store.base.glob(moment)) or process.poll() is not None)
         else:
-            wait_for((store.base / "7").exists, "the first effect")
+            seen("the first effect", (store.base / "7").exists)
             time.sleep(moment)
         process.send_signal(number)
         code = process.wait(30)
@@ -129,7 +128,7 @@ def test_cancelling_leaves_no_trace(store, large, lab):
         exports = lab.exports_of(lab.export(large, socket))
 
         def cancel():
-            wait_for(lambda: any(store.base.glob("7/.partial-*/disk.0.0")), "the first data")
+            seen("the first data", lambda: any(store.base.glob("7/.partial-*/disk.0.0")))
             cancellation.cancel()
 
         thread = threading.Thread(target=cancel)
@@ -256,7 +255,7 @@ def test_a_source_that_dies_in_the_middle_leaves_no_trace(store, large, lab):
 
         thread = threading.Thread(target=back_up)
         thread.start()
-        wait_for(lambda: any(store.base.glob("7/.partial-*/disk.0.0")), "the first data")
+        seen("the first data", lambda: any(store.base.glob("7/.partial-*/disk.0.0")))
     thread.join()  # the server has ended
     assert (len(failed), store.names()) in ((1, set()), (0, {IDS[0]}))
 

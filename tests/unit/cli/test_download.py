@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from oned_backup.cli.main import run
 from oned_backup.client import download
@@ -74,10 +74,11 @@ def test_what_would_be_ignored_is_refused(
 
 def settled(stack: Stack) -> None:
     """Wait until nothing runs and nothing is queued."""
-    deadline = time.monotonic() + 60
-    while any(operation["ended_at"] is None for operation in stack.ok("operation", "list", "--json").json):
-        assert time.monotonic() < deadline, stack.daemon.log.read_text()
-        time.sleep(0.1)
+    wait_for(
+        "end of all",
+        lambda: all(one["ended_at"] is not None for one in stack.ok("operation", "list", "--json").json),
+        every_s=0.1,
+    )
 
 
 def test_urls_of_before_a_merge(stack: Stack, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from oned_backup.contract.request import Request
 from oned_backup.daemon import requests
@@ -20,13 +19,6 @@ from oned_backup.store import OperationState
 from tests.unit.operations.conftest import DOMAIN, World
 
 FINAL = {OperationState.DONE, OperationState.FAILED, OperationState.CANCELLED}
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 class Gate:
@@ -70,11 +62,11 @@ def test_vms_run_side_by_side_up_to_the_hosts_limit(world: World, service: Servi
     gate = Gate(world)
     queued = [requests.backup(service, vm_id) for vm_id in vms]
     service.start()
-    until(lambda: gate.inside.total() == 2)
+    wait_for("two backups", lambda: gate.inside.total() == 2)
     waiting = [service.services.store.journal.get(entry.id) for entry in queued[2:]]
     assert [entry.state for entry in waiting] == [OperationState.QUEUED] * 2
     gate.open()
-    until(lambda: all_ended(service))
+    wait_for("end of all", lambda: all_ended(service))
     assert gate.most == service.settings.workers_per_host == 2
     states = {entry.state for entry in service.services.store.journal.list(kind="backup")}
     assert states == {OperationState.DONE}
@@ -88,7 +80,7 @@ def test_one_operation_a_vm(world: World, service: Service) -> None:
     first = requests.backup(service, 0)
     second = requests.verify(service, 0, {})
     service.start()
-    until(lambda: gate.inside[0] == 1)
+    wait_for("backup", lambda: gate.inside[0] == 1)
     blocked = service.services.store.journal.get(second.id)
     assert blocked.state is OperationState.QUEUED
     assert requests.waits_for(service, blocked) is not None
@@ -97,7 +89,7 @@ def test_one_operation_a_vm(world: World, service: Service) -> None:
     with pytest.raises(Conflict, match="active backup"):
         requests.delete(service, 0)
     gate.open()
-    until(lambda: all_ended(service))
+    wait_for("end of all", lambda: all_ended(service))
 
 
 def test_cancelling_what_is_queued_and_what_runs(world: World, service: Service, vms: list[int]) -> None:
@@ -106,10 +98,10 @@ def test_cancelling_what_is_queued_and_what_runs(world: World, service: Service,
     requests.cancel_backup(service, vms[1])
     assert service.services.store.journal.get(queued.id).state is OperationState.CANCELLED
     service.start()
-    until(lambda: gate.inside[0] == 1)
+    wait_for("backup", lambda: gate.inside[0] == 1)
     requests.cancel_backup(service, 0)
     gate.open()
-    until(lambda: all_ended(service))
+    wait_for("end of all", lambda: all_ended(service))
     assert service.services.store.journal.get(running.id).state is OperationState.CANCELLED
     with pytest.raises(Conflict, match="no backup in progress"):
         requests.cancel_backup(service, 0)
@@ -134,11 +126,11 @@ def test_a_stop_does_not_wait_for_ever(world: World, vms: list[int]) -> None:
     gate = Gate(world)
     operation = requests.backup(service, vms[0])
     service.start()
-    until(lambda: gate.inside[0] == 1)
+    wait_for("backup", lambda: gate.inside[0] == 1)
     assert service.stop() is False  # though the gate is shut
     assert service.services.store.journal.get(operation.id).state is OperationState.RUNNING
     gate.open()
-    until(lambda: service.services.store.journal.get(operation.id).state.is_final)
+    wait_for("end", lambda: service.services.store.journal.get(operation.id).state.is_final)
 
 
 @pytest.mark.fault("daemon", "disk of the catalogue full")
@@ -159,12 +151,12 @@ def test_an_end_that_cannot_be_written_is_written_later(
     monkeypatch.setattr("oned_backup.daemon.service._LOOK_S", 0.05)
     service.start()
     first = requests.backup(service, 0)
-    until(lambda: bool(service._unended))
+    wait_for("end that cannot be written", lambda: bool(service._unended))
     assert journal.get(first.id).state is OperationState.RUNNING
     broken.clear()
-    until(lambda: journal.get(first.id).state is OperationState.FAILED)
+    wait_for("end of the first", lambda: journal.get(first.id).state is OperationState.FAILED)
     second = requests.backup(service, 0)
-    until(lambda: journal.get(second.id).state is OperationState.DONE)
+    wait_for("end of the second", lambda: journal.get(second.id).state is OperationState.DONE)
 
 
 def test_what_a_stop_interrupts_of_a_removal_is_queued_again(world: World, service: Service) -> None:
@@ -173,7 +165,7 @@ def test_what_a_stop_interrupts_of_a_removal_is_queued_again(world: World, servi
 
     def until_cancelled(_request: Request) -> None:
         inside.set()
-        until(lambda: any(entry.cancelled for entry in service._running.values()))
+        wait_for("cancellation", lambda: any(entry.cancelled for entry in service._running.values()))
         raise Cancelled("rm")
 
     world.drivers.script["rm"] = [until_cancelled]
@@ -212,8 +204,10 @@ def test_what_nobody_foresaw_ends_no_thread(
     monkeypatch.setattr("oned_backup.daemon.service._UPKEEP_S", 0.01)
     monkeypatch.setattr("oned_backup.daemon.service._KEEP_JOURNAL_S", 0)
     service.start()
-    until(lambda: len(failed) == service.settings.workers + 1)
+    wait_for("failures", lambda: len(failed) == service.settings.workers + 1)
     done = requests.backup(service, 0)
     # which only the upkeep does that comes after what has failed
-    until(lambda: done.id not in {operation.id for operation in service.services.store.journal.list()})
+    wait_for(
+        "upkeep", lambda: done.id not in {operation.id for operation in service.services.store.journal.list()}
+    )
     assert service.services.vm(0).backup_ids
