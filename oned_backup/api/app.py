@@ -59,7 +59,7 @@ from oned_backup.model.host import Host
 from oned_backup.operations import datastores, inventory, retention, scrub
 from oned_backup.operations.caller import query_caller
 from oned_backup.operations.kinds import KINDS
-from oned_backup.operations.stored import list_disks
+from oned_backup.operations.stored import list_disks, stored_manifest
 from oned_backup.store import OperationState
 
 logger = logging.getLogger(__name__)
@@ -330,6 +330,10 @@ def _add_images(app: FastAPI, service: Service) -> None:
     @app.get("/v1/images/{image_id}")
     def show(image_id: int) -> Any:
         return views.image_view(services.store, services.image(image_id))
+
+    @app.get("/v1/images/{image_id}/manifest")
+    def manifest(image_id: int, increment_id: int | None = None) -> Any:
+        return {"text": stored_manifest(services, services.image(image_id), increment_id)}
 
     @app.get("/v1/images/{image_id}/disks")
     def disks(image_id: int, increment_id: int | None = None) -> Any:

@@ -149,6 +149,12 @@ def ls(image: _Id, increment: _Increment = None, *, json: Json = False) -> None:
 
 
 @app.command()
+def manifest(image: _Id, increment: _Increment = None) -> None:
+    """Print a restore point's manifest.json. As the catalogue has it: a store may have lost its own."""
+    output.say(client().get(f"images/{image}/manifest", increment_id=increment)["text"].rstrip("\n"))
+
+
+@app.command()
 def verify(
     image: _Id,
     increment: _Increment = None,

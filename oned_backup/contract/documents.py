@@ -128,9 +128,12 @@ class VerifiedBackup:
 
     @property
     def failure_texts(self) -> tuple[str, ...]:
-        """Each failure in words, which name its file once: drivers may have named it, too."""
+        """Each failure in words, which name its file once: drivers may begin with it, or with its path."""
         return tuple(
-            text if text.startswith(f"{name}: ") else f"{name}: {text}" for name, text in self.failures
+            text
+            if text.startswith(f"{name}: ") or text.partition(" ")[0].endswith(f"/{name}")
+            else f"{name}: {text}"
+            for name, text in self.failures
         )
 
     @property

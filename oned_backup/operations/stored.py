@@ -59,6 +59,12 @@ def stored_vm_id(services: Services, image: Image) -> int:
     return parse_manifest(rows[0].manifest).vm_id if rows and rows[0].manifest else image.vm_id
 
 
+def stored_manifest(services: Services, image: Image, increment_id: int | None) -> str:
+    """The text of a restore point's manifest as the catalogue has it; None: of the newest."""
+    source = chain_to(image.increments, increment_id)[-1].source if image.increments else image.source
+    return services.store.backup(source).manifest
+
+
 def catalogue_of(services: Services, backup_ids: Iterable[str]) -> Catalogue:
     """What the catalogue knows of these backups, for a store that has lost a manifest."""
     found = []

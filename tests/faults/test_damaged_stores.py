@@ -177,6 +177,10 @@ def test_a_manifest_that_is_damaged(site: Simulation, damage: str) -> None:
     flip(folder / "disk.0.1")
     assert verified(site) == {folder.name: [MANIFEST, "disk.0.1"]}
     assert f"{folder.name}/disk.0.1" in refused(site, 2)
+    flip(folder / "disk.0.1")
+    (folder / MANIFEST).write_bytes(site.product.call("image", "manifest", "0", "--increment", "1").stdout)
+    site.done(site.submit("images/0/verify"))
+    assert states(site) == ["GOOD", "GOOD", "GOOD"]
     assert site.restore(0, 0) == site.truth[0, 0]
 
 
