@@ -50,3 +50,8 @@ def exports_of(context: Context) -> Exports | None:
     """What PREPARE made, None if that is not known."""
     text = context.facts.get("exports")
     return None if text is None else Exports.from_xml(xmldoc.parse(text, what="EXPORTS"))
+
+
+def live_name(action: str, *, live: bool) -> str:
+    """The transfer manager's action for a domain that runs (`live`), or is off."""
+    return f"{action}_live" if live else action

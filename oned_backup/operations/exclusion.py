@@ -4,7 +4,8 @@ The journal holds that no two operations of one lock run. What more is needed de
 what an operation does to the VM's restore points:
 
     lock          operations
-    vm:<id>         backup (adds one), restore, verify, download (read), cut, delete (take away)
+    vm:<id>         backup (adds one), untrack (its chain ends), restore, verify, download (read),
+                  cut, delete (take away)
     retention:<id>  retention, flatten: they make new backups and switch the catalogue to them
     removal:<id>    remove: takes from the store what the catalogue does not need any more
     datastore:<id>  import; the download from a datastore of what no known VM has
