@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from oned_backup import failpoints
-from oned_backup.errors import Busy, DataCorrupt, DriverFailed, NotFound, OnedBackupError
+from oned_backup.errors import Busy, DataCorrupt, DriverFailed, NotFound, OnedBackupError, Unsupported
 from oned_backup.hypervisor import backup_job, checkpoints, freeze, offline, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.connection import connected
@@ -106,27 +106,38 @@ def remove_files(task: Task, present: Iterable[DomainDisk]) -> None:
 def remove_image_bitmaps(task: Task, present: Iterable[DomainDisk], is_stray: Callable[[str], bool]) -> None:
     """Remove those of our bitmaps that `is_stray` tells from the images of a domain that is off.
 
-    An image below the top one may be the disk of another VM, which needs its own bitmaps: there
-    only those go that this operation knows by name. What only libvirt can open keeps them until the
-    domain runs.
+    After a backup, those that cannot be removed now do no harm: the next one's clean-up looks for them again.
     """
-    known = {task.checkpoint, task.parent_checkpoint, task.merged_bitmap}
     for disk in present:
-        if not _is_tracked(disk) or disk.special:
+        if not _is_tracked(disk):
             continue
         try:
-            chain = qemu_img.backing_chain(task.host, disk.source, disk.format)
-        except (NotFound, DataCorrupt):
-            continue
-        for layer, image in enumerate(chain):
-            for name in image.bitmaps:
-                if name.startswith(task.own_prefix) and is_stray(name) and (layer == 0 or name in known):
-                    try:
-                        qemu_img.remove_bitmap(task.host, image.path, name)
-                    except (Busy, DriverFailed):
-                        if layer == 0:
-                            raise
-                        # a backing image that others use, or that is read-only: no harm done
+            _remove_from_images(task, disk, is_stray)
+        except (Busy, DataCorrupt, DriverFailed, NotFound, Unsupported):
+            if task.backup is None:
+                raise
+
+
+def _remove_from_images(task: Task, disk: DomainDisk, is_stray: Callable[[str], bool]) -> None:
+    """The same for one disk.
+
+    An image below the top one may be the disk of another VM, which needs its own bitmaps: there
+    only those go that this operation knows by name.
+    """
+    if disk.special:
+        raise Unsupported(
+            f"{disk.target} {disk.special}: its bitmaps can be removed only while the domain runs"
+        )
+    known = {task.checkpoint, task.parent_checkpoint, task.merged_bitmap}
+    for layer, image in enumerate(qemu_img.backing_chain(task.host, disk.source, disk.format)):
+        for name in image.bitmaps:
+            if name.startswith(task.own_prefix) and is_stray(name) and (layer == 0 or name in known):
+                try:
+                    qemu_img.remove_bitmap(task.host, image.path, name)
+                except (Busy, DriverFailed):
+                    if layer == 0:
+                        raise
+                    # a backing image that others use, or that is read-only: no harm done
 
 
 def _remove_checkpoints(task: Task, domain: Domain) -> None:

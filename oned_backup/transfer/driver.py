@@ -27,11 +27,7 @@ class ImageDriver(FilesDriver):
         """The frozen disks of a running domain."""
         from oned_backup.transfer.live import export_live  # noqa: PLC0415 - opens disks as well
 
-        task = task_of(call.request)
-        exports = export_live(task, call.source_dir)
-        if exports.freeze.warning:
-            call.warn(exports.freeze.warning)
-        return _answer(call, exports)
+        return _answer(call, export_live(task_of(call.request), call.source_dir))
 
     def pre_backup(self, call: Call) -> Answer:
         """The disks of a domain that is off."""
@@ -49,6 +45,8 @@ class ImageDriver(FilesDriver):
 
 
 def _answer(call: Call, exports: Exports) -> Answer:
+    if exports.freeze.warning:
+        call.warn(exports.freeze.warning)
     for disk in exports.disks:
         if disk.text:
             call.warn(f"{disk.target}: {disk.type.lower()}, {disk.reason}: {disk.text}")

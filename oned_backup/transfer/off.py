@@ -1,7 +1,7 @@
 """Export the disks of a domain that is off.
 
 qemu-nbd serves each image read-only, with the bitmap that QEMU, or the last
-backup in the off state, left in it. The bitmap for the next increment is added
+backup in the off state, left in it. The bitmap for the next increment is added, if the image takes one,
 *before* that: should we die anywhere, the image has both, and the next attempt
 starts from the same parent. While an image is served the domain cannot be
 started on it.
@@ -9,7 +9,7 @@ started on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oned_backup import failpoints
@@ -58,11 +58,7 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
     }
     files = companions.write_definitions(task, domain, source_dir)
     files += companions.write_firmware(task, domain, source_dir)
-    tracked = [disk for disk in disks if task.checkpoint and not disk.untracked]
-    for disk in tracked:
-        if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
-            qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
-        qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
+    tracked, warnings = _track(task, disks, chains)
     failpoints.reach("bitmaps.acted")
     task.host.make_private_dir(task.operation_dir)
     unprotected = deadman.start(task, domain, ())
@@ -76,10 +72,37 @@ def _export(task: Task, domain: Domain, source_dir: Path) -> Exports:
         disks=disk_set.disk_exports(disks, decisions, number, served, samples_now),
         increment_id=number,
         checkpoint=task.checkpoint if tracked else "",
-        freeze=Freeze(task.vm.config.fs_freeze.value, warning=unprotected),
+        freeze=Freeze(
+            task.vm.config.fs_freeze.value, warning="; ".join(filter(None, (unprotected, *warnings)))
+        ),
         excluded=selection.excluded,
         files=files,
     )
+
+
+def _track(
+    task: Task, disks: Sequence[Current], chains: Mapping[str, _Chain]
+) -> tuple[list[Current], list[str]]:
+    """The disks that have a bitmap for the next increment now, and what to tell of those that took none.
+
+    An image takes none if it is the backing image of a VM that runs, is read-only or damaged, or if its file
+    system is full: no reason not to back it up.
+    """
+    tracked, warnings = [], []
+    for disk in disks:
+        if not task.checkpoint or disk.untracked:
+            continue
+        try:
+            if task.checkpoint in chains[disk.target][0].bitmaps:  # an earlier attempt's
+                qemu_img.remove_bitmap(task.host, disk.source, task.checkpoint)
+            qemu_img.add_bitmap(task.host, disk.source, task.checkpoint)
+        except (Busy, DriverFailed) as error:
+            warnings.append(
+                f"{disk.target} is not tracked, the next backup will take it in full: {error.message}"
+            )
+        else:
+            tracked.append(disk)
+    return tracked, warnings
 
 
 def _require_as_defined(task: Task, disk: DomainDisk, backing: Sequence[str]) -> None:
@@ -120,7 +143,7 @@ def _serve(task: Task, disk: Current, decisions: dict[str, Decision], chain: _Ch
     if decisions[disk.target].type is BackupType.INCREMENT:
         try:
             bitmap = _gathered(task, disk, chain)
-        except DriverFailed as error:  # an overlay was grown: its bitmaps differ in size
+        except (Busy, DriverFailed) as error:  # an overlay was grown: its bitmaps differ in size
             decisions[disk.target] = refused(error.message)
     server = offline.serve(
         task.host,

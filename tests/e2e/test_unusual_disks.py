@@ -243,3 +243,28 @@ def test_what_only_libvirt_can_open_is_backed_up_while_it_runs(
     vm.assert_restores("vda")
     assert said == ["first-backup", "increment", "increment"]
     record_property("observed", f"{', '.join(said)}; it had ended between the second one and its clean-up")
+
+
+@pytest.mark.fault("change tracking", "image that takes no bitmap, off: backing image of a VM that runs")
+def test_a_template_is_backed_up_while_its_clone_runs(
+    make_guest: MakeGuest, back_up: BackUp, tmp_path: Path, record_property: Observed
+) -> None:
+    template, own = made(tmp_path / "template"), made(tmp_path / "own")
+    vm = back_up(make_guest([template, own], start=False, boot="disk", agent=False))
+    vm.backup()
+    clone = LabDisk(tmp_path / "clone")
+    backing = ("-b", str(template.path), "-F", "qcow2")
+    command("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(clone.path))
+    other = make_guest([clone], start=False, boot="disk", agent=False)
+    other.start()
+    seen = []
+    for _ in range(2):
+        point = vm.backup()
+        vm.assert_restores("vda")
+        seen.append(f"{point.reason('vda')}, {point.reason('vdb')}")
+    assert seen == ["increment, increment", "bitmap-missing, increment"]
+    assert "vda is not tracked" in point.exports.freeze.warning
+    other.end()
+    vm.backup()
+    vm.assert_survived()
+    record_property("observed", f"{seen[0]}; then {seen[1]}")
