@@ -23,7 +23,7 @@ from oned_backup.disk.buffers import BATCH_BYTES, Batch, Part, batches
 from oned_backup.disk.ordered import OrderedFill
 from oned_backup.disk.qcow2 import Extent, Kind, Qcow2File
 from oned_backup.disk.spans import CLUSTER, Spans
-from oned_backup.disk.stored import StoredFile
+from oned_backup.disk.stored import OpenedFile
 from oned_backup.errors import DataCorrupt, InvalidInput, NotFound
 
 #: guest bytes that are merged at a time; what one L2 table covers
@@ -84,7 +84,7 @@ class ChainReader:
         self._lock = threading.Lock()
         self._bad: set[tuple[int, int]] = set()
         self._windows: dict[int, list[Piece]] = {}
-        self._stored: dict[int, StoredFile] = {}
+        self._stored: dict[int, OpenedFile] = {}
         self._maps: list[Qcow2File | None] = []
         try:
             for number, layer in enumerate(layers):
@@ -182,7 +182,7 @@ class ChainReader:
         try:
             if layer.path is None:
                 raise DataCorrupt(f"{layer.name}: nothing of it can be proved")
-            stored = self._stored[number] = StoredFile(layer.path, layer.blocks)
+            stored = self._stored[number] = OpenedFile(layer.path, layer.blocks)
             return Qcow2File(stored, layer.name, lenient=self._salvage, foreign=layer.foreign)
         except (DataCorrupt, NotFound):
             if not self._salvage:

@@ -27,7 +27,7 @@ from oned_backup.disk.layout import (
     MAX_L1_BYTES,
     SECTOR,
 )
-from oned_backup.disk.stored import StoredFile
+from oned_backup.disk.stored import OpenedFile
 from oned_backup.errors import DataCorrupt, Unsupported
 
 _OFFSET_MASK = 0x00FFFFFFFFFFFE00
@@ -134,7 +134,7 @@ class Qcow2File:
     """
 
     def __init__(
-        self, stored: StoredFile, what: str, *, lenient: bool = False, foreign: bool = False
+        self, stored: OpenedFile, what: str, *, lenient: bool = False, foreign: bool = False
     ) -> None:
         self._stored = stored
         self._what = what

@@ -12,7 +12,7 @@ from pathlib import Path
 from oned_backup.disk.blocks import BlockFile
 from oned_backup.disk.buffers import BATCH_BYTES
 from oned_backup.disk.spans import CLUSTER
-from oned_backup.disk.stored import StoredFile, open_stored
+from oned_backup.disk.stored import OpenedFile, open_stored
 from oned_backup.errors import DataCorrupt
 
 Progress = Callable[[int, int], None]
@@ -37,7 +37,7 @@ def verify_blocks(
     """
     _forget_cached(path)
     try:
-        stored = StoredFile(path, blocks_path)
+        stored = OpenedFile(path, blocks_path)
     except DataCorrupt as error:
         return [BadRange(str(blocks_path), 0, 0, str(error))]
     try:

@@ -24,7 +24,7 @@ def open_stored(path: Path) -> int:
         raise Unavailable(f"{path}: {error.strerror}") from error
 
 
-class StoredFile:
+class OpenedFile:
     """A file opened for reading, with or without its `.blocks`."""
 
     def __init__(self, path: Path, blocks: Path | None) -> None:

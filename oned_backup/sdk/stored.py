@@ -266,13 +266,13 @@ def prove_file(stored: StoreFolder, file: StoredFile, advance: Advance = lambda 
 
 def _prove_structure(stored: StoreFolder, file: StoredFile) -> None:
     from oned_backup.disk.qcow2 import Qcow2File  # noqa: PLC0415 - loads the data engine
-    from oned_backup.disk.stored import StoredFile as Opened  # noqa: PLC0415
+    from oned_backup.disk.stored import OpenedFile  # noqa: PLC0415
 
     with ExitStack() as stack:
         path = _pin(stack, stored, file)
         if not opennebula.is_image(file.name):
             return
-        opened = stack.enter_context(closing(Opened(path, None)))
+        opened = stack.enter_context(closing(OpenedFile(path, None)))
         image = Qcow2File(opened, file.name, foreign=True)
         for _ in image.extents(0, image.guest_bytes):
             pass
