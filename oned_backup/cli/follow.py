@@ -117,7 +117,9 @@ def follow(client: Client, operation: JSON, *, quiet: bool = False, goes_on: boo
     """The operation once it has ended. Interrupting the command cancels it unless it `goes_on`."""
     try:
         with _bar(quiet=quiet) as update:
-            return wait_for_end(client, operation, update)
+            return wait_for_end(
+                client, operation, update, lambda: warn("the daemon does not answer: waiting for it")
+            )
     except KeyboardInterrupt:
         if not goes_on:
             client.post(f"operations/{operation['id']}/cancel")

@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from lab import wait_for
 
-from oned_backup.client import Client
+from oned_backup.client import Client, wait_for_end
 from oned_backup.model.manifest import parse_manifest
 
 from .conftest import Stack
@@ -427,3 +428,17 @@ def test_what_can_be_seen_to_be_wrong_at_once_begins_nothing(stack: Stack, tmp_p
         assert (ran.code, ran.out) == (code, ""), (words, ran)
         assert said in ran.err, words
     assert stack.ok("operation", "list", "--json").json == before
+
+
+def test_who_waits_for_an_operation_outlives_a_restart_of_the_daemon(stack: Stack) -> None:
+    api = Client(stack.daemon.directory / "run/api/daemon.sock")
+    queued = api.post("vms/1/backup")
+    assert stack.daemon.end(signal.SIGKILL) == -signal.SIGKILL
+    lost = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(wait_for_end, api, queued, lost=lost.set)
+        assert lost.wait(30)
+        stack.daemon.start()
+        ended = waiting.result(60)
+    assert ended["id"] == queued["id"]
+    assert ended["state"] in {"DONE", "FAILED"}
