@@ -220,7 +220,7 @@ def _show_backup(operation: Mapping[str, Any]) -> None:
 def forget(ref: _Ref) -> None:
     """Forget a VM that is gone, or not to be backed up. Its backups stay and can be restored.
 
-    Its domain is not touched: if there still is one, `vm untrack` first takes our dirty bitmaps off its disks.
+    Its domain is not touched: if there is one, `vm untrack` first takes our dirty bitmaps off its disks.
     `vm import` makes it the VM that it was. When the last of its images is deleted nothing of it is left.
     """
     api = client()
