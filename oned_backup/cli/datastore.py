@@ -29,7 +29,7 @@ def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name for the datastore.")],
     values: _Values = None,
     *,
-    driver: Annotated[str, typer.Option(help="Datastore driver; see `driver list`.")],
+    driver: Annotated[str, typer.Option(help="Datastore driver; `driver show NAME` has its parameters.")],
     accept_host_key: Annotated[
         str,
         typer.Option(

@@ -10,14 +10,13 @@ import typer
 from oned_backup.cli import output
 from oned_backup.cli.session import Json, key_values, settings_file
 from oned_backup.contract.actions import Kind
-from oned_backup.errors import DriverBug, OnedBackupError
+from oned_backup.errors import DriverBug, InvalidInput, NotFound, OnedBackupError
 
-app = typer.Typer(help="Drivers: list, check, begin a new one.", no_args_is_help=True)
+app = typer.Typer(help="Drivers: list, show, check, begin a new one.", no_args_is_help=True)
 
 
-@app.command("list")
-def list_drivers(*, json: Json = False) -> None:
-    """List the drivers that the daemon would use. Also those that it refuses."""
+def _found() -> tuple[list[Any], list[tuple[Path, OnedBackupError]]]:
+    """The drivers that the daemon would use, and those that it refuses."""
     from oned_backup.config import load_settings  # noqa: PLC0415 - loads slowly
     from oned_backup.runner.drivers import find_drivers  # noqa: PLC0415
 
@@ -26,6 +25,13 @@ def list_drivers(*, json: Json = False) -> None:
     found = find_drivers(
         settings.all_driver_dirs, on_refused=lambda path, error: refused.append((path, error))
     )
+    return list(found), refused
+
+
+@app.command("list")
+def list_drivers(*, json: Json = False) -> None:
+    """List the drivers that the daemon would use. Also those that it refuses."""
+    found, refused = _found()
     if json:
         output.print_json(
             {
@@ -41,6 +47,38 @@ def list_drivers(*, json: Json = False) -> None:
     )
     for path, error in refused:
         output.warn(f"refused: {path}: {error}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the driver.")],
+    kind: Annotated[Kind | None, typer.Option(help="Its layer, if two have drivers of that name.")] = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Show a driver and its parameters. A datastore's are those of `datastore create`."""
+    drivers = [driver for driver in _found()[0] if kind in {None, driver.manifest.kind}]
+    named = [driver for driver in drivers if driver.manifest.name == name]
+    if not named:
+        raise NotFound(f"there is no driver '{name[:40]}'", hint=f"There is {', '.join(map(str, drivers))}.")
+    if len(named) > 1:
+        hint = f"Choose one of {', '.join(map(str, named))} by --kind."
+        raise InvalidInput(f"{len(named)} drivers are named {name}", hint=hint)
+    view = _view(named[0])
+    if json:
+        output.print_json(view)
+        return
+    output.print_fields(
+        [
+            *((field, view[field]) for field in ("kind", "name", "summary", "folder")),
+            *((field, ", ".join(view[field])) for field in ("features", "actions")),
+        ]
+    )
+    for parameter, of in view["parameters"].items():
+        words = [word for word in ("required", "secret") if of[word]]
+        words += [f"default {of['default']}"] if of["default"] else []
+        output.say(f"\n{parameter}" + (f" ({', '.join(words)})" if words else ""))
+        output.say(f"    {of['help']}")
 
 
 def _view(driver: Any) -> dict[str, Any]:
@@ -66,7 +104,7 @@ def _view(driver: Any) -> dict[str, Any]:
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="The driver's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The driver's folder.")],
     values: Annotated[
         list[str] | None,
         typer.Argument(
@@ -85,6 +123,11 @@ def check(
     json: Json = False,
 ) -> None:
     """Run the conformance kit on a driver. Exits with 70 if a clause fails."""
+    if not folder.is_dir():
+        raise InvalidInput(
+            f"{folder} is not a driver's folder",
+            hint="Those of the daemon's drivers are told by `oned-backup driver show NAME`.",
+        )
     from oned_backup.runner.kit import ClauseResult, Status, check_driver  # noqa: PLC0415 - loads slowly
     from oned_backup.runner.kit.settings import read_secret  # noqa: PLC0415
 
@@ -124,7 +167,7 @@ def check(
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Name of the driver and its folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the driver and its folder.")],
     kind: Annotated[Kind, typer.Option(help="The layer that it is for.")] = Kind.DATASTORE,
     directory: Annotated[Path, typer.Option(help="Where to make the folder.")] = Path(),
     *,

@@ -157,7 +157,9 @@ def manifest(image: _Id, increment: _Increment = None) -> None:
 @app.command()
 def verify(
     image: _Id,
-    increment: _Increment = None,
+    increment: Annotated[
+        int | None, typer.Option("--increment", help="Only this one and what it continues; all if absent.")
+    ] = None,
     percent: Annotated[
         int | None, typer.Option(min=1, max=100, help="Only a random share of each file.")
     ] = None,

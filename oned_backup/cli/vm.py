@@ -155,7 +155,14 @@ def configure(
     *,
     json: Json = False,
 ) -> None:
-    """Change how a VM is backed up. An empty value restores the default."""
+    """Change how a VM is backed up. An empty value restores the default.
+
+    How: MODE=INCREMENT or FULL, FS_FREEZE=AGENT, SUSPEND or NONE, CHAIN_LENGTH=n (a full one after so many).
+
+    Which disks: DISK_IDS=0,2 (empty: all that can be), BACKUP_VOLATILE=YES or NO.
+
+    What is kept: KEEP_LAST, KEEP_DAILY, KEEP_WEEKLY, KEEP_MONTHLY, KEEP_YEARLY=n; all empty: everything.
+    """
     api = client()
     vm = api.patch(f"vms/{api.resolve('vm', ref)}/config", {"values": key_values(values)})
     if json:

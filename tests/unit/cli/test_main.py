@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from oned_backup import __version__
 from oned_backup.cli import session
 from oned_backup.cli.doctor import check_apparmor, check_daemon, check_directory, check_module, check_program
 from oned_backup.cli.main import config_first, run
-from oned_backup.errors import DaemonUnreachable
+from oned_backup.errors import DaemonUnreachable, InvalidInput, NotFound
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +135,16 @@ def test_a_stream_that_the_caller_has_closed_is_no_error(closed: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == ("" if ">&-" in closed.split() else f"oned-backup {__version__}\n")
+
+
+def test_a_driver_is_shown_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["driver", "show", "rsync"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nRSYNC_HOST (required)\n    " in shown
+    assert re.search(r"^folder +/.*/drivers/datastore/rsync$", shown, re.MULTILINE)
+    assert run(["driver", "show", "nosuch"]) == NotFound.exit_code
+    assert "tm/qcow2" in capsys.readouterr().err
+    assert run(["driver", "show", "dummy"]) == InvalidInput.exit_code
+    assert run(["driver", "show", "dummy", "--kind", "vmm"]) == 0
+    assert run(["driver", "check", "rsync"]) == InvalidInput.exit_code
+    assert "driver show NAME" in capsys.readouterr().err
