@@ -24,7 +24,7 @@ from oned_backup.model.selection import select_disks
 from oned_backup.model.views import to_json
 from oned_backup.model.vm import Vm
 from oned_backup.operations.aftermath import aftermath_of
-from oned_backup.store import Backup, NewestGood, Operation, OperationState, Points, Step, Store
+from oned_backup.store import NewestGood, Operation, OperationState, Points, RestorePoint, Step, Store
 
 JSON = dict[str, Any]
 
@@ -194,7 +194,7 @@ def image_view(store: Store, image: Image) -> JSON:
     }
 
 
-def point_row(point: Backup) -> JSON:
+def point_row(point: RestorePoint) -> JSON:
     """A restore point."""
     return {
         "backup_id": point.backup_id,
@@ -207,7 +207,7 @@ def point_row(point: Backup) -> JSON:
     }
 
 
-def _manifest_view(point: Backup) -> JSON:
+def _manifest_view(point: RestorePoint) -> JSON:
     try:
         manifest = parse_manifest(point.manifest, what=f"backup {point.backup_id}")
     except DataCorrupt as error:

@@ -49,8 +49,7 @@ from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.retention import refuse_kept
 from oned_backup.operations.steps import Step, Undo
 from oned_backup.operations.verify import read_again
-from oned_backup.store import Backup as RestorePoint
-from oned_backup.store import BackupState, OperationState, Transaction
+from oned_backup.store import BackupState, OperationState, RestorePoint, Transaction
 
 _ACTION = "increment_flatten"
 

@@ -42,7 +42,7 @@ from oned_backup.model.vm import (
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.steps import Step
-from oned_backup.store import Backup, BackupState, Transaction
+from oned_backup.store import BackupState, RestorePoint, Transaction
 
 #: the kinds of operations that change what lies in a store
 _CHANGING = frozenset({"backup", "delete", "cut", "retention", "flatten", "remove"})
@@ -161,7 +161,7 @@ def _import_chain(
         if manifest.id != first.id:
             image = _extend(tx, image, manifest)
         tx.add_backup(
-            Backup(
+            RestorePoint(
                 backup_id=manifest.id,
                 image_id=image.id,
                 increment_id=manifest.increment_id,

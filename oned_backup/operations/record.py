@@ -19,7 +19,7 @@ from oned_backup.model.vm import Vm, with_backup, with_config
 from oned_backup.operations.backup_plan import BackupPlan, exports_of, plan_of
 from oned_backup.operations.context import Context
 from oned_backup.operations.stored import recorded
-from oned_backup.store import Backup, BackupState, StepState, Store, Transaction
+from oned_backup.store import BackupState, RestorePoint, StepState, Store, Transaction
 
 
 def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
@@ -37,7 +37,7 @@ def record_backup(context: Context, tx: Transaction) -> Mapping[str, Any]:
         image_id = _add_image(context, tx, plan, exports=exports, vm=vm, size_mb=size_mb)
         increment_id = 0
     tx.add_backup(
-        Backup(
+        RestorePoint(
             backup_id=plan.backup_id,
             image_id=image_id,
             increment_id=increment_id,

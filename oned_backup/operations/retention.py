@@ -28,7 +28,7 @@ from oned_backup.operations.engine import OperationKind, result_of
 from oned_backup.operations.exclusion import retention_lock
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
-from oned_backup.store import Backup, BackupState, Operation, OperationState, Transaction
+from oned_backup.store import BackupState, Operation, OperationState, RestorePoint, Transaction
 
 
 def look(services: Services, tx: Transaction, vm_id: int) -> RetentionPlan:
@@ -105,7 +105,7 @@ def _images(tx: Transaction, vm_id: int) -> list[Image]:
     return [Image(entry.element) for entry in tx.find("image", vm_id=vm_id)]
 
 
-def _points(image: Image, rows: Sequence[Backup]) -> list[Point]:
+def _points(image: Image, rows: Sequence[RestorePoint]) -> list[Point]:
     good = {row.increment_id for row in rows if row.state is BackupState.GOOD and image.is_ready}
     kept = pinned(image)
     entries = [(entry.id, entry.date, entry.size_mb) for entry in image.increments]
@@ -115,7 +115,7 @@ def _points(image: Image, rows: Sequence[Backup]) -> list[Point]:
     ]
 
 
-def _made_here(services: Services, rows: Sequence[Backup]) -> bool:
+def _made_here(services: Services, rows: Sequence[RestorePoint]) -> bool:
     """Whether one of these backups was made by this installation, and not imported."""
     manifests = (parse_manifest(row.manifest, what=f"backup {row.backup_id}") for row in reversed(rows))
     return any(manifest.raw.get("installation") == services.store.installation for manifest in manifests)

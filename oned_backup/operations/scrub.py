@@ -36,7 +36,7 @@ from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
 from oned_backup.operations.verify import read_again, told
 from oned_backup.runner.run import Progress
-from oned_backup.store import Backup, Operation, OperationState, Transaction
+from oned_backup.store import Operation, OperationState, RestorePoint, Transaction
 
 _GB = 10**9
 _DAY_S = 86_400.0
@@ -153,7 +153,7 @@ def _candidates(services: Services, datastore: Datastore, tried: set[str]) -> It
             yield Choice(row.backup_id, row.image_id, _size_bytes(services, row))
 
 
-def _size_bytes(services: Services, row: Backup) -> int:
+def _size_bytes(services: Services, row: RestorePoint) -> int:
     """What a backup takes in its store; its driver may have told no files."""
     told_bytes = parse_manifest(row.manifest, what=row.backup_id).size_bytes
     if told_bytes:

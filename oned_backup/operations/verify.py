@@ -27,7 +27,7 @@ from oned_backup.operations.damage import note_closed_chain, record_verified
 from oned_backup.operations.engine import OperationKind
 from oned_backup.operations.services import Services
 from oned_backup.operations.steps import Step
-from oned_backup.store import Backup, Transaction
+from oned_backup.store import RestorePoint, Transaction
 
 
 def _read(context: Context) -> Mapping[str, Any]:
@@ -66,7 +66,7 @@ def read_again(
     raise DriverBug(f"verify: the report says nothing of backup {backup_id}")
 
 
-def _wanted(context: Context, image: Image) -> Sequence[Backup]:
+def _wanted(context: Context, image: Image) -> Sequence[RestorePoint]:
     rows = context.services.store.backups(image_id=image.id)
     increment_id = context.arguments.get("increment_id")
     if increment_id is None or not image.increments:

@@ -1,6 +1,6 @@
 """Documents, restore points and the operation journal in one database."""
 
-from oned_backup.store.backups import Backup, BackupState, NewestGood, Points
+from oned_backup.store.backups import BackupState, NewestGood, Points, RestorePoint
 from oned_backup.store.documents import Versioned
 from oned_backup.store.journal import Journal
 from oned_backup.store.journal_entries import Operation, OperationState, Step, StepState
@@ -8,13 +8,13 @@ from oned_backup.store.secrets import SecretBox
 from oned_backup.store.store import Store, Transaction
 
 __all__ = [
-    "Backup",
     "BackupState",
     "Journal",
     "NewestGood",
     "Operation",
     "OperationState",
     "Points",
+    "RestorePoint",
     "SecretBox",
     "Step",
     "StepState",

@@ -38,7 +38,7 @@ class BackupState(StrEnum):
 
 
 @dataclass(frozen=True)
-class Backup:
+class RestorePoint:
     """A restore point; times in seconds since 1970, `manifest` is manifest.json's text."""
 
     backup_id: str
@@ -94,7 +94,7 @@ class Backups:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def add_backup(self, backup: Backup) -> None:
+    def add_backup(self, backup: RestorePoint) -> None:
         """Record a restore point; `Conflict` if the backup or the image's increment is known already."""
         with self._session.write() as connection:
             this = {
@@ -110,7 +110,7 @@ class Backups:
                 )
             connection.execute(_NEW, vars(backup))
 
-    def backup(self, backup_id: str) -> Backup:
+    def backup(self, backup_id: str) -> RestorePoint:
         """The restore point; `NotFound` if there is none."""
         with self._session.read() as connection:
             row = connection.execute(_GET, {"this": backup_id}).one_or_none()
@@ -125,7 +125,7 @@ class Backups:
         vm_id: int | None = None,
         datastore_id: int | None = None,
         state: BackupState | None = None,
-    ) -> list[Backup]:
+    ) -> list[RestorePoint]:
         """The restore points that match, by image and increment."""
         given = {"image_id": image_id, "vm_id": vm_id, "datastore_id": datastore_id, "state": state}
         wanted = {f"of_{name}": value for name, value in given.items() if value is not None}
@@ -234,6 +234,6 @@ def _of_vm(vm_id: int | None) -> tuple[sa.ColumnElement[bool], ...]:
     return () if vm_id is None else (backups.c.vm_id == vm_id,)
 
 
-def _backup(row: sa.Row[tuple[object, ...]]) -> Backup:
+def _backup(row: sa.Row[tuple[object, ...]]) -> RestorePoint:
     values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name
-    return Backup(**{**values, "state": BackupState(values["state"])})
+    return RestorePoint(**{**values, "state": BackupState(values["state"])})

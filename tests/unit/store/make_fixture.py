@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from oned_backup import xmldoc
-from oned_backup.store import Backup, BackupState, OperationState, StepState, Store
+from oned_backup.store import BackupState, OperationState, RestorePoint, StepState, Store
 
 
 def fill(store: Store) -> None:
@@ -35,7 +35,7 @@ def fill(store: Store) -> None:
         )
     store.delete("image", 1)
     for number, proved in enumerate(BackupState):
-        store.add_backup(Backup(f"b{number}", 0, number, 0, 100, '{"n": 1}', 5.0, 6.0, proved, "why"))
+        store.add_backup(RestorePoint(f"b{number}", 0, number, 0, 100, '{"n": 1}', 5.0, 6.0, proved, "why"))
     for state in OperationState:
         operation = store.journal.enqueue(state.lower(), f"vm:{state}", {"a": [1]}, vm_id=0)
         if state is OperationState.QUEUED:

@@ -8,7 +8,7 @@ from lxml import etree
 from oned_backup import xmldoc
 from oned_backup.errors import Conflict, InvalidInput, NotFound
 from oned_backup.model.host import new_host
-from oned_backup.store import Backup, BackupState
+from oned_backup.store import BackupState, RestorePoint
 
 
 def document(kind, name="a", **content):
@@ -33,7 +33,7 @@ def image(vm_id=7, datastore_id=100):
 
 def backup(backup_id="b", image_id=3, increment_id=0, **values):
     values = {"vm_id": 7, "datastore_id": 100, "manifest": "{}", "stored_at": 5.0, **values}
-    return Backup(backup_id=backup_id, image_id=image_id, increment_id=increment_id, **values)
+    return RestorePoint(backup_id=backup_id, image_id=image_id, increment_id=increment_id, **values)
 
 
 def test_ids_begin_where_opennebula_s_do_and_are_not_used_twice(store):

@@ -10,7 +10,7 @@ import pytest
 
 from oned_backup import xmldoc
 from oned_backup.model import rows
-from oned_backup.store import Backup, BackupState, Store
+from oned_backup.store import BackupState, RestorePoint, Store
 from oned_backup.store.backups import NewestGood, Points
 
 
@@ -70,7 +70,7 @@ def test_restore_points_are_counted_without_their_manifests(store: Store) -> Non
     ) -> None:
         backup_id = f"b{image_id}{increment_id}"
         store.add_backup(
-            Backup(
+            RestorePoint(
                 backup_id, image_id, increment_id, image_id // 10, 100, "{}", at, proved, BackupState(state)
             )
         )

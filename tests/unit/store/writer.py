@@ -6,7 +6,7 @@ Run as: python writer.py DATABASE
 import sys
 
 from oned_backup import xmldoc
-from oned_backup.store import Backup, StepState, Store
+from oned_backup.store import RestorePoint, StepState, Store
 
 
 def main(path: str) -> None:
@@ -25,7 +25,7 @@ def main(path: str) -> None:
                 claimed = tx.journal.claim()
                 assert claimed is not None
                 step = tx.journal.begin_step(claimed.id, "record")
-                tx.add_backup(Backup(f"b{number}", number, 0, 1, 1, "{}", 0.0))
+                tx.add_backup(RestorePoint(f"b{number}", number, 0, 1, 1, "{}", 0.0))
                 tx.journal.end_step(claimed.id, step, StepState.DONE, {"operation": operation.id})
             print(number, flush=True)
 
