@@ -31,14 +31,8 @@ from enum import StrEnum
 
 from oned_backup import xmldoc
 from oned_backup.errors import InvalidInput
+from oned_backup.model.increments import BackupType
 from oned_backup.model.names import checked_name
-
-
-class BackupType(StrEnum):
-    """Whether a file stands alone or continues the one before it."""
-
-    FULL = "FULL"
-    INCREMENT = "INCREMENT"
 
 
 class Reason(StrEnum):

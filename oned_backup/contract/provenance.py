@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from oned_backup import xmldoc
-from oned_backup.contract.exports import BackupType, DiskExport, Exports
+from oned_backup.contract.exports import DiskExport, Exports
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import InvalidInput
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import StoredFile
 from oned_backup.model.names import CHECKPOINT_PREFIX
 

@@ -21,8 +21,8 @@ from oned_backup.errors import Conflict, InvalidInput, NotFound
 NO_PARENT = -1
 
 
-class IncrementType(StrEnum):
-    """Whether an increment stands alone or continues its parent."""
+class BackupType(StrEnum):
+    """Whether an increment, or the file of a disk, stands alone or continues the one before it."""
 
     FULL = "FULL"
     INCREMENT = "INCREMENT"
@@ -37,21 +37,21 @@ class Increment:
     date: int
     size_mb: int
     source: str
-    type: IncrementType
+    type: BackupType
 
     @classmethod
     def from_element(cls, element: xmldoc.Element) -> Increment:
         """The typed form of an INCREMENT element."""
         kind = xmldoc.text(element, "TYPE").upper()
-        if kind not in set(IncrementType):
-            raise InvalidInput(f"INCREMENT/TYPE: '{kind[:40]}' is none of {', '.join(IncrementType)}")
+        if kind not in set(BackupType):
+            raise InvalidInput(f"INCREMENT/TYPE: '{kind[:40]}' is none of {', '.join(BackupType)}")
         return cls(
             id=xmldoc.integer(element, "ID"),
             parent_id=xmldoc.integer(element, "PARENT_ID", NO_PARENT),
             date=xmldoc.integer(element, "DATE"),
             size_mb=xmldoc.integer(element, "SIZE"),
             source=xmldoc.text(element, "SOURCE"),
-            type=IncrementType(kind),
+            type=BackupType(kind),
         )
 
     def to_element(self) -> xmldoc.Element:
@@ -74,9 +74,9 @@ def next_increment(chain: Sequence[Increment], *, date: int, size_mb: int, sourc
     if any(increment.source == source for increment in chain):
         raise Conflict(f"backup {source} is in the chain already")
     if not chain:
-        return Increment(0, NO_PARENT, date, size_mb, source, IncrementType.FULL)
+        return Increment(0, NO_PARENT, date, size_mb, source, BackupType.FULL)
     last = chain[-1].id
-    return Increment(last + 1, last, date, size_mb, source, IncrementType.INCREMENT)
+    return Increment(last + 1, last, date, size_mb, source, BackupType.INCREMENT)
 
 
 def chain_to(chain: Sequence[Increment], increment_id: int | None = None) -> tuple[Increment, ...]:

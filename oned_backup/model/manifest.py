@@ -40,7 +40,7 @@ from blake3 import blake3
 
 from oned_backup.errors import DataCorrupt, InvalidInput
 from oned_backup.model.document import checked_title
-from oned_backup.model.increments import IncrementType
+from oned_backup.model.increments import BackupType
 from oned_backup.model.names import checked_name
 
 FORMAT = "oned-backup manifest"
@@ -175,7 +175,7 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         ManifestDisk(
             disk_id=_count(disk["disk_id"], _MOST_ID),
             target=str(disk["target"]),
-            type=IncrementType(disk["type"]).value,
+            type=BackupType(disk["type"]).value,
             reason=str(disk["reason"]),
             file=checked_name(disk["file"], "disk file"),
             parent_id=_parent(disk),
@@ -204,7 +204,7 @@ def _typed(backup: Mapping[str, Any]) -> Manifest:
         chain_id=checked_name(backup["chain_id"], "chain id"),
         parent_id=_parent(backup),
         increment_id=_count(backup["increment_id"], _MOST_ID),
-        type=IncrementType(backup["type"]).value,
+        type=BackupType(backup["type"]).value,
         date=_count(backup["date"], _LAST_DATE),
         vm_id=_count(backup["vm"]["id"], _MOST_ID),
         vm_name=checked_title(str(backup["vm"]["name"])),

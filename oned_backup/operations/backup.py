@@ -21,7 +21,7 @@ from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.exports import BackupType, Exports, Reason
+from oned_backup.contract.exports import Exports, Reason
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.contract.request import Backup, Outcome, Request
 from oned_backup.contract.result import document, whole_number
@@ -40,6 +40,7 @@ from oned_backup.errors import (
     Unavailable,
 )
 from oned_backup.model.datastore import Datastore, disabled
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import dump_on_one_line, parse_manifest
 from oned_backup.model.vm import (
     DomainState,

@@ -25,7 +25,7 @@ from oned_backup.model.backup_config import BackupConfig, FsFreeze, Mode
 from oned_backup.model.datastore import Datastore, in_store, with_image
 from oned_backup.model.document import Owner
 from oned_backup.model.image import Image, image_name, new_image, with_increment
-from oned_backup.model.increments import Increment, IncrementType
+from oned_backup.model.increments import BackupType, Increment
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.model.pruning import to_remove
 from oned_backup.model.stored_backups import Entry, chain_of, last_freezes, one_of_each, without_replaced
@@ -221,7 +221,7 @@ def _increment(manifest: Manifest, parent_id: int) -> Increment:
         date=manifest.date,
         size_mb=manifest.size_mb,
         source=manifest.id,
-        type=IncrementType(manifest.type),
+        type=BackupType(manifest.type),
     )
 
 

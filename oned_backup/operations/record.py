@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+from oned_backup.contract.exports import DiskExport, Exports, Reason
 from oned_backup.errors import Busy, DriverBug
 from oned_backup.model import datastore as datastores
 from oned_backup.model.backup_config import Mode
 from oned_backup.model.datastore import Datastore
 from oned_backup.model.image import Image, image_name, new_image, with_increment
-from oned_backup.model.increments import Increment, next_increment
+from oned_backup.model.increments import BackupType, Increment, next_increment
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.model.pruning import with_to_remove
 from oned_backup.model.vm import Vm, with_backup, with_config

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Self
 from blake3 import blake3
 
 from oned_backup import failpoints
-from oned_backup.contract.exports import BackupType, DiskExport, Exports
+from oned_backup.contract.exports import DiskExport, Exports
 from oned_backup.contract.provenance import manifest_of
 from oned_backup.errors import DriverBug, DriverFailed, InvalidInput, Unavailable
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import StoredFile, dump_manifest
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from oned_backup.contract.exports import BackupType
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, ManifestDisk, StoredFile, dump_on_one_line
 from oned_backup.model.names import checked_name

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from oned_backup.contract.companions import VM_XML
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifiedBackup, VerifyReport
-from oned_backup.contract.exports import BackupType
 from oned_backup.errors import (
     DataCorrupt,
     InvalidInput,
@@ -33,6 +32,7 @@ from oned_backup.errors import (
     NotFound,
     Unavailable,
 )
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, StoredFile, dump_on_one_line
 from oned_backup.model.names import checked_name

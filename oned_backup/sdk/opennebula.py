@@ -28,8 +28,9 @@ from typing import Any
 
 from oned_backup import xmldoc
 from oned_backup.contract.companions import VM_XML
-from oned_backup.contract.exports import BackupType, Reason
+from oned_backup.contract.exports import Reason
 from oned_backup.errors import DataCorrupt, InvalidInput, NotFound, Unsupported
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest, StoredFile, dump_manifest, parse_manifest
 from oned_backup.sdk.store_folder import StoreFolder

@@ -19,10 +19,9 @@ from typing import TypeAlias
 
 from oned_backup import xmldoc
 from oned_backup.contract.documents import StoredDisk
-from oned_backup.contract.exports import BackupType
 from oned_backup.contract.url import DiskUrl
 from oned_backup.errors import Conflict, DataCorrupt, InvalidInput, NotFound
-from oned_backup.model.increments import Increment, chain_to
+from oned_backup.model.increments import BackupType, Increment, chain_to
 from oned_backup.model.manifest import FILE_NAME as MANIFEST
 from oned_backup.model.manifest import Manifest
 from oned_backup.model.names import checked_name

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+from oned_backup.contract.exports import DiskExport, Exports, Reason
+from oned_backup.model.increments import BackupType
 
 #: the only format that keeps dirty bitmaps
 TRACKED_FORMAT = "qcow2"

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from oned_backup.contract.exports import (
-    BackupType,
     DiskExport,
     ExcludedDisk,
     Reason,
@@ -15,6 +14,7 @@ from oned_backup.contract.exports import (
 from oned_backup.errors import Misconfigured
 from oned_backup.hypervisor.domain import DomainDisk
 from oned_backup.model.disk import Disk
+from oned_backup.model.increments import BackupType
 from oned_backup.model.selection import select_disks
 from oned_backup.transfer.decide import TRACKED_FORMAT, Current, Decision
 from oned_backup.transfer.task import Task

@@ -15,7 +15,6 @@ from pathlib import Path
 from oned_backup import xmldoc
 from oned_backup.contract.companions import DOMAIN_XML, VM_XML
 from oned_backup.contract.exports import (
-    BackupType,
     DiskExport,
     ExcludedDisk,
     Exports,
@@ -31,6 +30,7 @@ from oned_backup.disk.spans import CLUSTER, Spans
 from oned_backup.errors import Busy
 from oned_backup.hypervisor.dummy import DummyDomain, DummyHost, checkpoint_path
 from oned_backup.model.disk import Disk
+from oned_backup.model.increments import BackupType
 from oned_backup.model.selection import select_disks
 from oned_backup.model.vm import Vm
 from oned_backup.sdk import Answer, Call

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from oned_backup.contract.exports import BackupType, Exports, Freeze
+from oned_backup.contract.exports import Exports, Freeze
 from oned_backup.errors import Busy, Conflict, DriverFailed, PermissionDenied
 from oned_backup.hypervisor import backup_job, checkpoints, emulator, freeze, guardian, qemu_img
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor.backup_job import JobDisk
 from oned_backup.hypervisor.connection import CheckpointUnusable, connected
 from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
+from oned_backup.model.increments import BackupType
 from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import Current, Decision, Tracking, decide, refused

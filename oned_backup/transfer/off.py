@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oned_backup import failpoints
-from oned_backup.contract.exports import BackupType, Exports, Freeze
+from oned_backup.contract.exports import Exports, Freeze
 from oned_backup.errors import Busy, DriverFailed, Unsupported
 from oned_backup.hypervisor import domain as domains
 from oned_backup.hypervisor import offline, qemu_img
 from oned_backup.hypervisor.connection import connected
 from oned_backup.hypervisor.domain import Domain, DomainDisk, find_domain
 from oned_backup.hypervisor.qemu_img import Image
+from oned_backup.model.increments import BackupType
 from oned_backup.transfer import clean, companions, deadman, guard, samples
 from oned_backup.transfer import disks as disk_set
 from oned_backup.transfer.decide import Current, Decision, Tracking, decide, refused

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 
-from oned_backup.contract.exports import BackupType
 from oned_backup.disk import sample
 from oned_backup.disk.nbdsource import NbdSource
+from oned_backup.model.increments import BackupType
 from oned_backup.transfer.decide import Current, Decision, changed_unseen
 from oned_backup.transfer.task import Task
 

@@ -22,9 +22,10 @@ from waiting import wait_for
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
 from oned_backup.contract.documents import Catalogue, Listing, RestorePlan, VerifyReport
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
+from oned_backup.contract.exports import DiskExport, Exports, Reason, disk_file_name
 from oned_backup.contract.request import Backup, Request
 from oned_backup.contract.result import document
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import Manifest, parse_manifest
 from oned_backup.runner.drivers import load_driver
 from oned_backup.runner.run import Cancellation, Invocation, Limits, run_action

@@ -19,13 +19,14 @@ from lab import Guest, wait_for
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.exports import BackupType, DiskExport, Exports
+from oned_backup.contract.exports import DiskExport, Exports
 from oned_backup.contract.request import Backup, Outcome, Request
 from oned_backup.disk.chain import Layer
 from oned_backup.disk.image import open_export
 from oned_backup.disk.restore import restore_chain
 from oned_backup.model.backup_config import BackupConfig, FsFreeze, Mode
 from oned_backup.model.host import Host, new_host, with_paths
+from oned_backup.model.increments import BackupType
 from oned_backup.model.names import checkpoint_name
 from oned_backup.model.vm import DomainState, Vm, new_vm, sync_domain, with_config
 from oned_backup.runner.drivers import find_driver

@@ -22,11 +22,12 @@ from oned_backup.contract.documents import (
     VerifiedBackup,
     VerifyReport,
 )
-from oned_backup.contract.exports import BackupType, DiskExport, ExcludedDisk, Exports, Reason
+from oned_backup.contract.exports import DiskExport, ExcludedDisk, Exports, Reason
 from oned_backup.contract.request import Backup, Request
 from oned_backup.contract.result import document, parse_result
 from oned_backup.errors import DataCorrupt, InvalidInput, OnedBackupError
 from oned_backup.model.domain import RestoredDisk, rebuild_domain
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import dump_manifest, parse_manifest
 from oned_backup.runner.stderr import StderrReader
 

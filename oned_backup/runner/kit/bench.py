@@ -22,7 +22,7 @@ from oned_backup.contract.actions import Kind
 from oned_backup.contract.documents import Listing, StoredDisk
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import OnedBackupError
-from oned_backup.model.increments import Increment, IncrementType
+from oned_backup.model.increments import BackupType, Increment
 from oned_backup.places import default_state_dir
 from oned_backup.runner.drivers import Driver
 from oned_backup.runner.environment import Invocation, action_environment
@@ -162,7 +162,7 @@ class Bench:
         """Enter a finished backup into the catalogue; `Unmet` if its answer is not one."""
         answer = called.answer()
         chain, backup = attempt.chain, attempt.backup
-        kind = IncrementType.INCREMENT if backup.increment_id else IncrementType.FULL
+        kind = BackupType.INCREMENT if backup.increment_id else BackupType.FULL
         if not answer["SIZE_MB"].isdecimal():
             raise called.unmet(f"SIZE_MB={answer['SIZE_MB']!r} is not a whole number")
         chain.increments.append(

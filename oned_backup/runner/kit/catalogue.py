@@ -7,7 +7,7 @@ from pathlib import Path
 
 from oned_backup import xmldoc
 from oned_backup.contract.request import Backup
-from oned_backup.model.increments import Increment, IncrementType
+from oned_backup.model.increments import BackupType, Increment
 from oned_backup.runner.kit.guest import VM_XML, Point
 
 
@@ -70,5 +70,5 @@ class Attempt:
     def supposed(self) -> Chain:
         """The chain as if the backup were in the catalogue under the id that it was given."""
         backup = self.backup
-        increment = Increment(backup.increment_id, -1, backup.date, 0, backup.id, IncrementType.FULL)
+        increment = Increment(backup.increment_id, -1, backup.date, 0, backup.id, BackupType.FULL)
         return replace(self.chain, increments=[*self.chain.increments, increment])

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oned_backup.contract import companions
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
+from oned_backup.contract.exports import DiskExport, Exports, Reason, disk_file_name
 from oned_backup.errors import Unavailable
+from oned_backup.model.increments import BackupType
 
 KIB = 1024
 MIB = 1024 * KIB

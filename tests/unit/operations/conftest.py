@@ -14,12 +14,13 @@ import pytest
 
 from oned_backup import xmldoc
 from oned_backup.config import Retry, Settings
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
+from oned_backup.contract.exports import DiskExport, Exports, Reason, disk_file_name
 from oned_backup.contract.request import Request
 from oned_backup.daemon.directories import make_directories
 from oned_backup.errors import Cancelled, NotFound
 from oned_backup.model.datastore import new_datastore
 from oned_backup.model.host import new_host
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import dump_manifest
 from oned_backup.model.vm import DomainState, Placement, new_vm
 from oned_backup.operations.context import Context

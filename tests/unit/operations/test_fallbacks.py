@@ -7,10 +7,11 @@ import json
 import pytest
 
 from oned_backup import xmldoc
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason, disk_file_name
+from oned_backup.contract.exports import DiskExport, Exports, Reason, disk_file_name
 from oned_backup.contract.request import Request
 from oned_backup.daemon.metrics import Metrics
 from oned_backup.model.image import Image, ImageState, with_state
+from oned_backup.model.increments import BackupType
 from oned_backup.operations.context import Context
 from oned_backup.operations.engine import run_operation
 from oned_backup.operations.inventory import configure_vm

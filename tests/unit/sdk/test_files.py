@@ -9,9 +9,10 @@ from blake3 import blake3
 
 from oned_backup import xmldoc
 from oned_backup.contract.actions import Kind
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+from oned_backup.contract.exports import DiskExport, Exports, Reason
 from oned_backup.contract.request import Backup, Request
 from oned_backup.errors import DataCorrupt, DriverBug, DriverFailed, InvalidInput, Unavailable
+from oned_backup.model.increments import BackupType
 from oned_backup.model.manifest import StoredFile, parse_manifest
 from oned_backup.sdk import Call
 from oned_backup.sdk.files import BackupFile

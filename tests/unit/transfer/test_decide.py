@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from oned_backup.contract.exports import BackupType, DiskExport, Exports, Reason
+from oned_backup.contract.exports import DiskExport, Exports, Reason
+from oned_backup.model.increments import BackupType
 from oned_backup.transfer.decide import Current, Tracking, decide, is_same_disk
 
 BEFORE = DiskExport(
