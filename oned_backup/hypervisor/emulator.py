@@ -12,13 +12,14 @@ installed. So it is tried: with another process of the very program that runs th
 
 from __future__ import annotations
 
-from oned_backup.errors import Unsupported
+from oned_backup.errors import Unavailable, Unsupported
 from oned_backup.hypervisor.domain import Domain
 from oned_backup.hypervisor.host import Host
 
 _TIMEOUT_S = 30.0
 
-#: ends with 0 if that QEMU outlived three readers, with 1 if it did not, otherwise if it could not be tried
+#: ends with 0 if that QEMU outlived three readers, with 1 if it did not, otherwise if it could not be tried;
+#: with a limit of 1 no core is dumped, also where cores go to a program
 _TRY = """\
 uuid=$1
 for file in $(grep -lsF -- "$uuid" /proc/[0-9]*/cmdline); do
@@ -41,24 +42,30 @@ COMMANDS
   done
   echo '{"execute": "quit"}'
 } 2>/dev/null | {
-  timeout 20 "$program" -M none -nodefaults -display none -qmp stdio -object iothread,id=one \
+  prlimit --core=1 -- timeout 20 "$program" -M none -nodefaults -display none -qmp stdio -object iothread,id=one \
     -blockdev null-co,node-name=disk,size=1048576 >"$dir/out" 2>"$dir/said"
   echo $? >"$dir/ended"
 }
 head -n 1 "$dir/said" >&2
-[ -e "$dir/read" ] || exit 2
-[ "$(cat "$dir/read" "$dir/ended" | tr '\\n' ' ')" = "3 0 " ]
+[ "$(cat "$dir/ended")" -lt 128 ] || exit 1
+[ "$(cat "$dir/read" "$dir/ended" 2>&1 | tr '\\n' ' ')" = "3 0 " ] || exit 2
 """
 
 
 def require_outlives_readers(host: Host, domain: Domain) -> None:
-    """Raise `Unsupported` unless QEMU would survive it that somebody reads a disk with an iothread."""
+    """Raise `Unsupported` if QEMU would not survive it that somebody reads a disk with an iothread.
+
+    `Unavailable` if it could not be tried.
+    """
     tried = host.run(["sh", "-c", _TRY, "sh", domain.uuid], timeout_s=_TIMEOUT_S, check=False)
-    if tried.returncode == 0:
-        return
-    does = "would end" if tried.returncode == 1 else "might end, which could not be tried,"
-    raise Unsupported(
-        f"the QEMU of domain {domain.name} {does} when a backup of a disk with an iothread has been read: "
-        f"{tried.last_words}",
-        hint="Have the guest run by QEMU 9.0 or later, or without iothreads, or back it up while it is off.",
-    )
+    if tried.returncode == 1:
+        raise Unsupported(
+            f"the QEMU of domain {domain.name} would end when a backup of a disk with an iothread "
+            f"has been read: {tried.last_words}",
+            hint="Run the guest with QEMU 9.0 or later, or without iothreads, or back it up while it is off.",
+        )
+    if tried.returncode != 0:
+        raise Unavailable(
+            f"whether the QEMU of domain {domain.name}, which has iothreads, outlives a backup "
+            f"could not be tried: {tried.last_words}"
+        )
