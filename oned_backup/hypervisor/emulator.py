@@ -42,8 +42,8 @@ COMMANDS
   done
   echo '{"execute": "quit"}'
 } 2>/dev/null | {
-  prlimit --core=1 -- timeout 20 "$program" -M none -nodefaults -display none -qmp stdio -object iothread,id=one \
-    -blockdev null-co,node-name=disk,size=1048576 >"$dir/out" 2>"$dir/said"
+  prlimit --core=1 -- timeout 20 "$program" -M none -nodefaults -display none -qmp stdio \
+    -object iothread,id=one -blockdev null-co,node-name=disk,size=1048576 >"$dir/out" 2>"$dir/said"
   echo $? >"$dir/ended"
 }
 head -n 1 "$dir/said" >&2
