@@ -86,8 +86,8 @@ def test_an_imported_vm_is_backed_up_incrementally(agent, freeze):
         ("DISK_IDS", "-1", "commas"),
         ("DISK_IDS", "0,", "commas"),
         ("INTERACTIVE", "YES", "driver"),
-        ("LAST_INCREMENT_ID", "4", "It has MODE"),
-        ("COLOUR", "red", "It has MODE"),
+        ("LAST_INCREMENT_ID", "4", "What can: MODE"),
+        ("COLOUR", "red", "What can: MODE"),
     ],
 )
 def test_a_value_that_opennebula_would_turn_into_a_default_is_an_error(name, value, hint):
