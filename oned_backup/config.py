@@ -93,7 +93,7 @@ class Ssh(BaseModel):
 
 
 class Settings(BaseSettings):
-    """The effective settings."""
+    """All keys of the file, with their defaults and bounds; they stay as they are for a daemon's life."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="ODB_", env_nested_delimiter="__", env_ignore_empty=True
