@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,13 +37,19 @@ def backup(
     other = _backup_of(service, vm_id)
     if other is not None:
         raise Conflict(
-            f"could not create a new backup for VM {vm_id}: {other.id} is {other.state}",
-            hint=f"Follow it with `oned-backup operation show {other.id} --wait`.",
+            f"could not create a new backup for VM {vm_id}: {other.id} is {other.state}{_after(other)}",
+            hint=f"Follow it with `oned-backup operation show {other.id} --wait`,"
+            f" or end it with `oned-backup vm backup-cancel {vm_id}`.",
         )
     arguments: dict[str, Any] = {"vm_id": vm_id, "host_id": vm.host_id, "reset": reset}
     if datastore_id is not None:
         arguments["datastore_id"] = datastore_id
     return service.submit("backup", vm_lock(vm_id), arguments, vm_id=vm_id, datastore_id=datastore_id)
+
+
+def _after(operation: Operation) -> str:
+    """Of one that waits to be tried again: why."""
+    return f", to try again after: {json.loads(operation.error)['message']}" if operation.error else ""
 
 
 def _refuse_without_disks(services: Services, vm: Vm) -> None:
@@ -193,8 +200,13 @@ def prune(service: Service, datastore_id: int) -> Operation:
 
 
 def scrub(service: Service, datastore_id: int) -> Operation:
-    """Queue the reading of what is due to be proved, within the day's budget."""
-    service.services.datastore(datastore_id)
+    """Queue the reading of what is due to be proved, within the day's budget; `Conflict` if that is 0."""
+    datastore = service.services.datastore(datastore_id)
+    if not scrubbing.budget_bytes(service.services, datastore):
+        raise Conflict(
+            f"datastore {datastore_id} ({datastore.name}): its budget for scrubbing is 0",
+            hint="Set its SCRUB_GB_PER_DAY, or read one image with `oned-backup image verify IMAGE`.",
+        )
     operation = scrubbing.queue(service.services, datastore_id)
     service.look()
     return operation

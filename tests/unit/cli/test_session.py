@@ -410,7 +410,8 @@ def test_what_can_be_seen_to_be_wrong_at_once_begins_nothing(stack: Stack, tmp_p
     stack.ok("vm", "backup", "web")
     url = stack.ok("image", "ls", "0", "--json").json[0]["url"]
     to = str(tmp_path / "out")
-    before = stack.ok("operation", "list", "--json").json
+    stack.ok("datastore", "update", "store", "SCRUB_GB_PER_DAY=0")
+    begun = {one["id"] for one in stack.ok("operation", "list", "--json").json}
     for code, words, said in (
         (66, ("image", "restore", "0", "--to", to, "--increment", "9"), "there is no increment 9"),
         (2, ("image", "restore", "0", "--to", to, "--format", "vmdk"), "'vmdk' is none of qcow2, raw"),
@@ -421,13 +422,14 @@ def test_what_can_be_seen_to_be_wrong_at_once_begins_nothing(stack: Stack, tmp_p
         (2, ("download", url, to, "--format", "vdi"), "'vdi' is none of qcow2, raw"),
         (2, ("download", url.replace("fs:", "restic:"), to), "has driver fs, not restic"),
         (64, ("datastore", "prune", "store"), "nothing to prune"),
+        (4, ("datastore", "scrub", "store"), "its budget for scrubbing is 0"),
         (2, ("operation", "list", "--kind", "foo"), "no operations of kind 'foo'"),
         (66, ("vm", "show", "99"), "there is no VM 99"),
     ):
         ran = stack(*words)
         assert (ran.code, ran.out) == (code, ""), (words, ran)
         assert said in ran.err, words
-    assert stack.ok("operation", "list", "--json").json == before
+    assert {one["id"] for one in stack.ok("operation", "list", "--json").json} == begun
 
 
 def test_who_waits_for_an_operation_outlives_a_restart_of_the_daemon(stack: Stack) -> None:
