@@ -54,7 +54,7 @@ class DomainDisk:
     backing_ends: bool = False
     special: str = ""
     shareable: bool = False
-    passed_through: bool = False
+    only_off: str = ""
 
 
 class Domain:
@@ -161,7 +161,6 @@ def tpm(xml: xmldoc.Element) -> xmldoc.Element | None:
 def _disk(element: xmldoc.Element) -> DomainDisk:
     target = element.find("target")
     driver = element.find("driver")
-    device = element.get("device", "disk")
     backing = []
     ends = False
     layer = element.find("backingStore")
@@ -174,15 +173,21 @@ def _disk(element: xmldoc.Element) -> DomainDisk:
     return DomainDisk(
         target="" if target is None else target.get("dev", ""),
         type=element.get("type", "file"),
-        device=device,
+        device=element.get("device", "disk"),
         format="raw" if driver is None else driver.get("type", "raw"),
         source=_source(element),
         backing=tuple(backing),
         backing_ends=ends,
         special=next((text for tag, text in _SPECIAL if element.find(f".//{tag}") is not None), ""),
         shareable=element.find("shareable") is not None,
-        passed_through=device == "lun" and target is not None and target.get("bus") == "scsi",
+        only_off=_only_off(element),
     )
+
+
+def _only_off(element: xmldoc.Element) -> str:
+    if element.get("device") == "lun" and element.find("target[@bus='scsi']") is not None:
+        return "is a SCSI device that is passed through"  # QEMU does not see what the guest writes
+    return "is transient" if element.find("transient") is not None else ""
 
 
 def _source(element: xmldoc.Element) -> str:

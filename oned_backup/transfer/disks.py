@@ -34,8 +34,7 @@ class Selection:
 def select(task: Task, present: Iterable[DomainDisk], *, running: bool) -> Selection:
     """What of the domain's disks is backed up; `Misconfigured` if nothing is.
 
-    A SCSI device that is passed through is not while the domain is `running`: QEMU cannot
-    keep what it does not see overwritten.
+    While the domain is `running`, disks of which libvirt or QEMU makes no backup are left out.
     """
     by_target = {disk.target: disk for disk in present}
     chosen, left_out = select_disks(task.vm)
@@ -52,8 +51,8 @@ def select(task: Task, present: Iterable[DomainDisk], *, running: bool) -> Selec
         elif found.type not in {"file", "block"} or not found.source:
             text = f"{disk.target} has a source of type {found.type}"
             excluded.append(ExcludedDisk(disk.target, Reason.UNSUPPORTED_SOURCE, disk.disk_id, text))
-        elif running and found.passed_through:
-            text = f"{disk.target} is a SCSI device that is passed through: it is backed up only while off"
+        elif running and found.only_off:
+            text = f"{disk.target} {found.only_off}: it can be backed up only while the domain is off"
             excluded.append(ExcludedDisk(disk.target, Reason.UNSUPPORTED_SOURCE, disk.disk_id, text))
         else:
             included.append((disk, found))

@@ -11,7 +11,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,7 @@ class BackedUpVm:
         **options: str,
     ) -> RestorePoint:
         """A complete backup; `meanwhile` runs after the guest goes on and before its disks are read."""
-        self.config = BackupConfig(
-            mode=Mode.INCREMENT, fs_freeze=FsFreeze(fs_freeze), disk_ids=self.config.disk_ids
-        )
+        self.config = replace(self.config, fs_freeze=FsFreeze(fs_freeze))
         backup = self.next_backup(parent=parent)
         operation_id = f"op-{int(backup.id[-6:], 16):012x}"
         files = self.directory / backup.id

@@ -6,7 +6,7 @@ backed up is refused with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -74,9 +74,11 @@ def test_an_old_image_is_stored_whole_beside_increments_of_others(
 class Edited(Guest):
     """A guest with a disk that is defined otherwise than the lab defines disks."""
 
-    def __init__(self, libvirtd: Libvirtd, directory: Path, disk: LabDisk, *edits: tuple[str, str]) -> None:
+    def __init__(
+        self, libvirtd: Libvirtd, directory: Path, disks: Sequence[LabDisk], *edits: tuple[str, str]
+    ) -> None:
         self._edits = edits
-        super().__init__(libvirtd, directory, "edited", [disk], boot="disk", agent=False)
+        super().__init__(libvirtd, directory, "edited", disks, boot="disk", agent=False)
 
     def xml(self) -> str:
         """The domain's definition."""
@@ -135,8 +137,9 @@ def edited(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., Guest]]
     """Make such a guest."""
     guests: list[Guest] = []
 
-    def make(disk: LabDisk, *edits: tuple[str, str]) -> Guest:
-        guests.append(Edited(libvirtd, tmp_path, disk, *edits))
+    def make(disks: LabDisk | Sequence[LabDisk], *edits: tuple[str, str]) -> Guest:
+        several = [disks] if isinstance(disks, LabDisk) else disks
+        guests.append(Edited(libvirtd, tmp_path, several, *edits))
         return guests[0]
 
     yield make
@@ -268,3 +271,21 @@ def test_a_template_is_backed_up_while_its_clone_runs(
     vm.backup()
     vm.assert_survived()
     record_property("observed", f"{seen[0]}; then {seen[1]}")
+
+
+@pytest.mark.fault("odd inputs", "transient disk that is to be backed up, while it runs")
+def test_a_transient_disk_is_left_out_while_it_runs(
+    edited: Callable[..., Guest], back_up: BackUp, tmp_path: Path, record_property: Observed
+) -> None:
+    own, volatile = made(tmp_path / "own"), made(tmp_path / "volatile")
+    transient = (f'{volatile.path}"/>', f'{volatile.path}"/><transient/>')
+    vm = back_up(edited([own, volatile], transient))
+    vm.config = BackupConfig(mode=Mode.INCREMENT, backup_volatile=True)
+    vm.guest.start()
+    point = vm.backup(fs_freeze="SUSPEND")
+    assert point.excluded() == {"vdb": "unsupported-source"}
+    vm.guest.end()
+    vm.backup()
+    for target in ("vda", "vdb"):
+        vm.assert_restores(target)
+    record_property("observed", f"{point.exports.excluded[0].text}; with it while off")

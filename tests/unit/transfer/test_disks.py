@@ -9,6 +9,7 @@ import pytest
 
 from oned_backup import xmldoc
 from oned_backup.hypervisor.domain import disks
+from oned_backup.model.backup_config import BackupConfig
 from oned_backup.model.host import new_host
 from oned_backup.model.vm import DomainState, new_vm
 from oned_backup.transfer.disks import select
@@ -19,13 +20,16 @@ DOMAIN = xmldoc.parse(
     + DISK.format("file", "disk", "file", "/vm/one", "vda", "virtio")
     + DISK.format("block", "lun", "dev", "/dev/sdx", "sda", "scsi")
     + DISK.format("block", "lun", "dev", "/dev/sdy", "vdb", "virtio")
+    + DISK.format("file", "disk", "file", "/vm/two", "vdc", "virtio").replace(
+        "</disk>", "<transient/></disk>"
+    )
     + "</devices></domain>"
 )
 
 
-@pytest.mark.parametrize(("running", "excluded"), [(True, ["sda"]), (False, [])])
-def test_a_scsi_device_that_is_passed_through(running: bool, excluded: list[str]) -> None:
-    """QEMU's scsi-block hands the guest's writes to the device by SG_IO, past any backup job."""
+@pytest.mark.parametrize(("running", "excluded"), [(True, ["sda", "vdc"]), (False, [])])
+def test_what_can_be_in_no_backup_job(running: bool, excluded: list[str]) -> None:
+    """QEMU's scsi-block hands writes to the device past any job; libvirt makes none with transient disks."""
     lab = new_host(0, name="lab", uri="qemu:///system")
     vm = new_vm(
         7,
@@ -35,8 +39,9 @@ def test_a_scsi_device_that_is_passed_through(running: bool, excluded: list[str]
         state=DomainState.RUNNING,
         capacity_bytes={},
         date=0,
+        config=BackupConfig(backup_volatile=True),
     )
     task: Any = SimpleNamespace(vm=vm)
     selection = select(task, disks(DOMAIN), running=running)
     assert [disk.target for disk in selection.excluded] == excluded
-    assert all("passed through" in disk.text for disk in selection.excluded)
+    assert all("only while the domain is off" in disk.text for disk in selection.excluded)
