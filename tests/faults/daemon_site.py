@@ -127,7 +127,8 @@ class DaemonSite:
 
     def chain(self) -> list[int]:
         """The increments of the newest image."""
-        return [point["increment_id"] for point in self.points() if point["image_id"] == self.newest_image()]
+        newest = self.newest_image()
+        return [point["increment_id"] for point in self.points() if point["image_id"] == newest]
 
     def images(self) -> list[dict[str, Any]]:
         """All images with their restore points."""
@@ -144,7 +145,7 @@ class DaemonSite:
 
     def newest_image(self) -> int:
         """The image with the active chain."""
-        return max(int(image["id"]) for image in self.images())
+        return max(int(row["id"]) for row in self.client.get("images"))
 
     # --- what must hold after any fault
 

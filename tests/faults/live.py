@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import libvirt
 import libvirt_qemu
@@ -194,8 +193,7 @@ class LiveSite(DaemonSite):
         wait_for("end of all processes", lambda: not self.processes(), 10)
         assert [path.name for path in self.disks.iterdir() if path.name.startswith(".oned-backup")] == []
         assert str(self.directory) not in Path("/proc/self/mountinfo").read_text()
-        (newest,) = [point for point in self.points() if self._is_newest(point)]
-        kept = [f"odb-{self._installation()}-{newest['backup_id']}"]
+        kept = [f"odb-{self._installation()}-{self.points()[-1]['backup_id']}"]
         own = {
             target: [name for name in names if name.startswith("odb-")]
             for target, names in self.bitmaps().items()
@@ -223,9 +221,6 @@ class LiveSite(DaemonSite):
             for line in lines
             if any(name in line for name in ours) and any(mark in line for mark in marks)
         ]
-
-    def _is_newest(self, point: dict[str, Any]) -> bool:
-        return (point["image_id"], point["increment_id"]) == (self.newest_image(), self.chain()[-1])
 
     def _installation(self) -> str:
         return str(self.client.get("status")["installation"])
