@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -56,11 +57,12 @@ class Folder(StoreFolder):
 
     def make_folder(self, name: str, *, exist_ok: bool = False) -> Folder:
         """The new directory `name` (0700)."""
-        try:
-            os.mkdir(_component(name), 0o700, dir_fd=self.descriptor)
-        except FileExistsError:
-            if not exist_ok:
-                raise
+        with self._naming(name):
+            try:
+                os.mkdir(_component(name), 0o700, dir_fd=self.descriptor)
+            except FileExistsError:
+                if not exist_ok:
+                    raise
         self.sync()  # also of one that is there: whoever made it may have died before this
         return self.folder(name)
 
@@ -98,7 +100,8 @@ class Folder(StoreFolder):
         """
         from oned_backup.disk.filewriter import FileWriter  # noqa: PLC0415 - readers need no data engine
 
-        descriptor = os.open(_component(name), _EXCLUSIVE, 0o600, dir_fd=self.descriptor)
+        with self._naming(name):
+            descriptor = os.open(_component(name), _EXCLUSIVE, 0o600, dir_fd=self.descriptor)
         try:
             writer = FileWriter(descriptor)
             end = _write_all(writer, begin, chunks)
@@ -173,6 +176,15 @@ class Folder(StoreFolder):
             if error.errno in _WRONG_KIND:
                 raise DataCorrupt(f"{path} is not what a store has there ({error.strerror})") from error
             error.filename = str(path)
+            raise
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """An `OSError` within names the whole path."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path / name)
             raise
 
 

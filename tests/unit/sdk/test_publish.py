@@ -112,3 +112,15 @@ def test_a_failed_fsync_is_final(folder, monkeypatch):
         folder.publish_file("manifest", b"one")
     assert len(calls) == 1
     assert folder.names() == []
+
+
+def test_what_cannot_be_written_is_named_with_its_path(folder, monkeypatch):
+    def refused(*_args, **_kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted", "data")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "mkdir", refused)
+    for write in (lambda: folder.write_file("data", [b""]), lambda: folder.make_folder("data")):
+        with pytest.raises(PermissionError) as failed:
+            write()
+        assert failed.value.filename == str(folder.path / "data")
