@@ -110,6 +110,6 @@ def test_nothing_is_left_of_a_folder_that_is_no_driver(tmp_path: Path) -> None:
     done = subprocess.run(
         [CLI, "driver", "check", "/nonexist"], capture_output=True, text=True, check=False, env=environment
     )
-    assert done.returncode == 70
-    assert "is no driver" in done.stdout
+    assert done.returncode == 2
+    assert "/nonexist is not a driver's folder" in done.stderr
     assert list(tmp_path.iterdir()) == []

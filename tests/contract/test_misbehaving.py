@@ -314,7 +314,7 @@ def test_driver_that_ignores_term_is_killed(bench: Callable[[str], Bench], clock
 @pytest.mark.fault("driver", "forks a child that keeps the pipes open")
 def test_child_that_keeps_the_pipes(bench: Callable[[str], Bench], tmp_path: Path, leave_group: bool) -> None:
     b = bench(shell(background(tmp_path, "sleep 1000", leave_group=leave_group)))
-    assert took(b.run) < 10
+    assert took(b.run) < 60  # and not for ever
     child = int((tmp_path / "pid").read_text())
     if leave_group:
         assert is_alive(child), "who leaves the group on purpose (qemu-nbd --fork) stays"
@@ -336,7 +336,7 @@ def background(tmp_path: Path, command: str, *, leave_group: bool) -> str:
 def test_endless_child_that_floods_after_the_exit(bench: Callable[[str], Bench], tmp_path: Path) -> None:
     b = bench(shell(background(tmp_path, "yes >&2", leave_group=True)))
     try:
-        assert took(b.run) < 10
+        assert took(b.run) < 60  # and not for ever
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 

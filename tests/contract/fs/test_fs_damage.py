@@ -161,7 +161,7 @@ def test_swapped_backups(chain):
     two.rename(one)
     aside.rename(two)
     assert restores(store, 0, chain.expected[0])
-    with pytest.raises(DataCorrupt, match="holds backup"):
+    with pytest.raises(DataCorrupt, match=f"manifest.json is that of backup {IDS[2]}"):
         store.ls(INCREMENT_ID="1")
     assert [list(store.failures()[name]) for name in IDS[1:]] == [["manifest.json"]] * 2
     assert len(store.catalogue().unreadable) == 2

@@ -163,7 +163,7 @@ def test_a_parent_that_was_merged_is_found_by_hand(chain, tmp_path):
     store.call("rm", {"BACKUP_IDS": ",".join(IDS[:2])})
     folder = store.path(NEW).parent
     parent_id = store.manifest(IDS[2]).disks[0].parent_id
-    (told,) = re.findall(r"^ {4}(jq -r .*)$", GUIDE, flags=re.MULTILINE)
+    (told,) = re.findall(r"^ {4}(jq -r .*stands_for.*)$", GUIDE, flags=re.MULTILINE)
     script = re.sub(r"\d{8}-\d{6}-[0-9a-f]{6}", parent_id, told)
     found = subprocess.run(["sh", "-ec", script], cwd=folder, capture_output=True, text=True, check=True)
     assert found.stdout.split() == [NEW]
