@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 import pytest
 from backed_up_vm import new_file
-from lab import Guest, LabDisk, LabError, data_disk, root_disk, wait_for
+from lab import HERE, Guest, LabDisk, LabError, data_disk, root_disk, wait_for
 from netlab import Machine, Netlab
 from product import Product
 
@@ -77,10 +77,11 @@ def reasons(operation: dict[str, Any]) -> dict[str, str]:
 
 def remote_leftovers(machine: Machine) -> list[str]:
     """Processes, sockets and scratch files of ours on a hypervisor."""
-    ours = [words for words in machine.processes().values() if "oned-backup" in " ".join(words)]
+    lines = [" ".join(words).replace(str(HERE.parents[1]), "") for words in machine.processes().values()]
+    ours = [line for line in lines if "oned-backup" in line]
     files = [str(path) for path in (machine.root / "run/oned-backup").glob("*/*")]
     scratch = [str(path) for path in machine.own.rglob(".oned-backup-*")]
-    return [" ".join(words) for words in ours] + files + scratch
+    return ours + files + scratch
 
 
 def local_leftovers(machine: Machine) -> list[str]:
@@ -333,6 +334,7 @@ def test_a_backup_waits_for_a_migration(
     add_host(product, hv2, tm="shared")
     backup(product, "-d", "nightly")
     with ThreadPoolExecutor(1) as pool:
+        guest.shell("dd if=/dev/urandom of=/ballast bs=1M count=40")  # in memory: it takes its time
         migration = pool.submit(migrate, guest, hv2, mib_per_s=1)
         wait_for("the migration", lambda: guest.domain.jobStats().get("type"), 60)
         operation = product.ask("vm", "backup", "0", "--no-wait")["id"]
