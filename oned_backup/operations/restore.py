@@ -77,6 +77,7 @@ def _plan(context: Context) -> Mapping[str, Any]:
             f"image {image.id}: cannot restore a VM from a selected disk backup",
             hint="Restore the files without --define, or name the disk with --disk-id.",
         )
+    targets.start_ahead(context, "pre_restore")
     plan = _plan_of_store(context, image)
     names = {disk.disk_id: f"disk.{disk.disk_id}.{image_format}" for disk in plan.disks}
     files = [checked_name(name, "file in the backup") for name, _ in plan.files]
@@ -238,6 +239,7 @@ def _download(context: Context) -> Mapping[str, Any]:
     """All disks side by side. `Salvaged` is an answer, any other error the end of all."""
     plan = _restore_plan(context)
     wanted = targets.of(context)
+    targets.start_ahead(context, "restore")
     damage: dict[int, DataCorrupt] = {}
 
     def fetch(disk: StoredDisk, caller: Caller) -> str:
@@ -316,6 +318,7 @@ def _chain_files(context: Context, disk: StoredDisk) -> list[StoredFile]:
 
 def _place(context: Context) -> Mapping[str, Any]:
     names = [*context.facts["names"].values(), *context.facts["files"]]
+    targets.start_ahead(context, "post_restore")
     targets.place(context, names)
     return {"placed": sorted(str(Path(context.facts["directory"]) / name) for name in names)}
 

@@ -25,6 +25,15 @@ def host_of(context: Context) -> Host | None:
     return None if host_id is None else context.services.host(host_id)
 
 
+def start_ahead(context: Context, action: str) -> None:
+    """Have the transfer manager wait for the request of that action."""
+    context.caller.start_ahead(Kind.TM, _tm_of(context), action)
+
+
+def _tm_of(context: Context) -> str:
+    return context.text("tm_mad", "qcow2")
+
+
 def _call_tm(
     context: Context, caller: Caller, action: str, outcome: Outcome | None = None, **options: str
 ) -> dict[str, str]:
@@ -33,7 +42,7 @@ def _call_tm(
     settings = context.services.settings
     return caller.tm(
         action,
-        context.text("tm_mad", "qcow2"),
+        _tm_of(context),
         host=None if host is None else host.element,
         outcome=outcome,
         deadline_s=settings.deadlines.post_backup_s,
