@@ -175,7 +175,8 @@ def test_another_store_is_mounted(site: Simulation, disk: FaultyDisk, record_pro
         marker.unlink()
         disk.mount()
     site.done(site.submit(verify))
-    record_property("observed", f"{said}; nothing is marked as broken, nothing written")
+    told = said.replace(str(site.directory), "…").partition(", not ")[0]
+    record_property("observed", f"{told}, and not ours; nothing is marked as broken, nothing written")
 
 
 @pytest.mark.fault("store", "unreachable at publish")
